@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "core/launch.h"
+#include "core/problem.h"
+
+namespace online_attention::cpu {
+
+// Attention of any dtype, head dim and strides on the CPU, with the widest instruction set that
+// the machine has. Bitwise the same result for any number of threads.
+Status forward(const ForwardArgs& args, const Launch& launch);
+
+}  // namespace online_attention::cpu

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The one table of what this library can run. Dispatch, `supported()`, `explain()`, the README's
+// support table and the parametrisation of the tests are all read from it.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "core/launch.h"
+#include "core/problem.h"
+
+namespace online_attention {
+
+struct DTypeSet {
+  bool f16 = false, bf16 = false, f32 = false, f64 = false;
+  bool contains(DType dtype) const;
+};
+
+// One runner and the problems it takes. First match wins, so faster rows stand first.
+struct Runner {
+  const char* name;  // folder and method, e.g. "cuda.portable.tensor_core"
+  DeviceKind device;
+  int arch_min, arch_max;  // inclusive; 0, 0 on a CPU
+  DTypeSet dtypes;
+  int64_t head_dim_max;  // of both D and D_v; 0 = any
+  int64_t (*workspace_bytes)(const ForwardArgs&, const Device&);
+  Status (*run)(const ForwardArgs&, const Launch&);
+};
+
+struct RunnerTable {
+  const Runner* rows;
+  std::size_t size;
+  const Runner* begin() const { return rows; }
+  const Runner* end() const { return rows + size; }
+};
+
+RunnerTable runners();
+
+// Whether this build holds CUDA kernels at all.
+bool built_with_cuda();
+
+// The first row that takes the problem; nullptr if none does.
+const Runner* find(DType dtype, const Shape& shape, const Device& device);
+
+// One sentence: which row runs this problem, or which field of the nearest rows it fails.
+std::string explain(DType dtype, const Shape& shape, const Device& device);
+
+}  // namespace online_attention
