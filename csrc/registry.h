@@ -39,6 +39,9 @@ RunnerTable runners();
 // Whether this build holds CUDA kernels at all.
 bool built_with_cuda();
 
+// Fills in what kernels need to know of a CUDA device. Fails in a build without CUDA.
+Status describe_cuda_device(int index, Device& device);
+
 // The first row that takes the problem; nullptr if none does.
 const Runner* find(DType dtype, const Shape& shape, const Device& device);
 

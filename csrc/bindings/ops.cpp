@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The operators of torch's namespace `online_attention`. Whatever reaches them, also past the
+// Python functions, is checked here once more: a wrong call raises ValueError and never crashes.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "bindings/tensors.h"
+#include "registry.h"
+
+// Only a torch with CUDA defines it: weak, so that this library loads with any torch.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace online_attention::bindings {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void check_status(Status status) {
+  if (status != kOk) throw std::runtime_error(status);
+}
+
+void parallel_for(int64_t size, int64_t grain, ParallelBody body, void* context) {
+  check_torch(torch_parallel_for(0, size, grain, body, context), "torch's parallel_for");
+}
+
+const Device& cuda_device(int32_t index) {
+  static std::mutex mutex;
+  static std::map<int32_t, Device> seen;  // never erased: references stay valid
+  const std::lock_guard lock(mutex);
+  const auto found = seen.find(index);
+  if (found != seen.end()) return found->second;
+  Device device;
+  check_status(describe_cuda_device(index, device));
+  return seen.emplace(index, device).first->second;
+}
+
+void* current_cuda_stream(int32_t device_index) {
+  void* stream = nullptr;
+  check_torch(aoti_torch_get_current_cuda_stream == nullptr
+                  ? 1
+                  : aoti_torch_get_current_cuda_stream(device_index, &stream),
+              "asking torch for the current CUDA stream");
+  return stream;
+}
+
+Mask mask_of(const Shape& shape, int64_t alignment, int64_t left, int64_t right) {
+  if (alignment != 0 && alignment != 1) {
+    throw std::invalid_argument("alignment must be 0 (top left) or 1 (bottom right), not " +
+                                std::to_string(alignment) + ".");
+  }
+  if (left < -1 || right < -1) {
+    throw std::invalid_argument("window_left and window_right must be -1 (unbounded) or more.");
+  }
+  const auto side = [](int64_t keys) {
+    const bool unbounded = keys == -1 || keys >= Mask::kUnbounded;
+    return unbounded ? Mask::kUnbounded : static_cast<int32_t>(keys);
+  };
+  return Mask::window(static_cast<int32_t>(shape.S_q), static_cast<int32_t>(shape.S_kv),
+                      alignment == 0 ? Alignment::top_left : Alignment::bottom_right, side(left),
+                      side(right));
+}
+
+void run(const Runner& runner, const ForwardArgs& args, Launch launch, const Tensor& q) {
+  std::optional<Tensor> workspace;  // given back to torch's allocator in the order of the stream
+  if (const int64_t bytes = runner.workspace_bytes(args, launch.device); bytes > 0) {
+    workspace = empty_bytes(q, bytes);
+    launch.workspace = workspace->data_ptr();
+  }
+  check_status(runner.run(args, launch));
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
+                                   double scale, int64_t alignment, int64_t window_left,
+                                   int64_t window_right, bool batch_invariant) {
+  const Problem problem = problem_of(q_any, k_any, v_any);
+  if (!std::isfinite(scale)) throw std::invalid_argument("scale must be a finite number.");
+  const Mask mask = mask_of(problem.shape, alignment, window_left, window_right);
+
+  std::optional<DeviceGuard> guard;
+  Launch launch = {.parallel_for = parallel_for};
+  if (q_any.is_cuda()) {
+    const int32_t index = q_any.get_device_index();
+    launch = {.device = cuda_device(index), .stream = current_cuda_stream(index)};
+    guard.emplace(index);
+  }
+  const Runner* runner = find(problem.dtype, problem.shape, launch.device);
+  if (runner == nullptr) {
+    throw std::invalid_argument(explain(problem.dtype, problem.shape, launch.device));
+  }
+
+  const Tensor q = with_contiguous_rows(q_any);
+  const Tensor k = with_contiguous_rows(k_any);
+  const Tensor v = with_contiguous_rows(v_any);
+  Tensor out = empty_like_query(q_any, problem.shape);
+  Tensor lse = empty_lse(q_any, problem);
+  if (!problem.shape.empty()) {
+    const ForwardArgs args = {.dtype = problem.dtype,
+                              .shape = problem.shape,
+                              .q = view_of(q),
+                              .k = view_of(k),
+                              .v = view_of(v),
+                              .out = view_of(out),
+                              .lse = lse.data_ptr(),
+                              .mask = mask,
+                              .scale = ScoreScale::from(scale, problem.dtype),
+                              .batch_invariant = batch_invariant};
+    run(*runner, args, launch, q);
+  }
+  return {out, lse};
+}
+
+}  // namespace
+
+// window_*: keys visible beyond the diagonal on that side, -1 = all; causal is window_right = 0.
+STABLE_TORCH_LIBRARY(online_attention, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, float scale, int alignment, SymInt window_left, "
+      "SymInt window_right, bool batch_invariant) -> (Tensor out, Tensor lse)");
+}
+STABLE_TORCH_LIBRARY_IMPL(online_attention, CPU, m) { m.impl("forward", TORCH_BOX(&forward)); }
+STABLE_TORCH_LIBRARY_IMPL(online_attention, CUDA, m) { m.impl("forward", TORCH_BOX(&forward)); }
+
+}  // namespace online_attention::bindings

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "registry.h"
+
+#include <iterator>
+#include <limits>
+
+#include "cpu/forward.h"
+
+// The only place of the project where a build with CUDA kernels differs from one without.
+#if ONLINE_ATTENTION_WITH_CUDA
+#include "cuda/device.h"
+#include "cuda/portable/forward.h"
+#endif
+
+namespace online_attention {
+namespace {
+
+constexpr int kAnyArch = std::numeric_limits<int>::max();
+constexpr int64_t kAnyHeadDim = 0;
+constexpr DTypeSet kHalfTypes = {.f16 = true, .bf16 = true};
+constexpr DTypeSet kAllTypes = {.f16 = true, .bf16 = true, .f32 = true, .f64 = true};
+
+int64_t no_workspace(const ForwardArgs&, const Device&) { return 0; }
+
+constexpr Runner kRunners[] = {
+#if ONLINE_ATTENTION_WITH_CUDA
+    // Rows for sm_90a stand here, before the portable ones.
+    {.name = "cuda.portable.tensor_core",
+     .device = DeviceKind::cuda,
+     .arch_min = 80,
+     .arch_max = kAnyArch,
+     .dtypes = kHalfTypes,
+     .head_dim_max = 256,
+     .workspace_bytes = cuda::portable::tensor_core_workspace_bytes,
+     .run = cuda::portable::tensor_core_forward},
+    // Turing's tensor cores know no bfloat16.
+    {.name = "cuda.portable.tensor_core",
+     .device = DeviceKind::cuda,
+     .arch_min = 75,
+     .arch_max = 79,
+     .dtypes = {.f16 = true},
+     .head_dim_max = 256,
+     .workspace_bytes = cuda::portable::tensor_core_workspace_bytes,
+     .run = cuda::portable::tensor_core_forward},
+    {.name = "cuda.portable.simt",
+     .device = DeviceKind::cuda,
+     .arch_min = 75,
+     .arch_max = kAnyArch,
+     .dtypes = kAllTypes,
+     .head_dim_max = kAnyHeadDim,
+     .workspace_bytes = cuda::portable::simt_workspace_bytes,
+     .run = cuda::portable::simt_forward},
+#endif
+    {.name = "cpu.tiled",
+     .device = DeviceKind::cpu,
+     .arch_min = 0,
+     .arch_max = 0,
+     .dtypes = kAllTypes,
+     .head_dim_max = kAnyHeadDim,
+     .workspace_bytes = no_workspace,
+     .run = cpu::forward},
+};
+
+std::string capability(int arch) {
+  return std::to_string(arch / 10) + "." + std::to_string(arch % 10);
+}
+
+// Why a row of the right device does not take a problem, as a clause; empty if it does.
+std::string mismatch(const Runner& row, DType dtype, const Shape& shape, int arch) {
+  if (arch < row.arch_min) {
+    return "compute capability " + capability(arch) + " is below " + capability(row.arch_min);
+  }
+  if (arch > row.arch_max) {
+    return "compute capability " + capability(arch) + " is above " + capability(row.arch_max);
+  }
+  if (!row.dtypes.contains(dtype)) {
+    return std::string("dtype ") + name_of(dtype) + " is not among its dtypes";
+  }
+  const int64_t head_dim = shape.D > shape.D_v ? shape.D : shape.D_v;
+  if (row.head_dim_max != kAnyHeadDim && head_dim > row.head_dim_max) {
+    return "head_dim " + std::to_string(head_dim) + " is above " + std::to_string(row.head_dim_max);
+  }
+  return {};
+}
+
+bool takes(const Runner& row, DType dtype, const Shape& shape, const Device& device) {
+  return row.device == device.kind && mismatch(row, dtype, shape, device.arch).empty();
+}
+
+// Rows for another generation say nothing about a problem on this one.
+bool is_near(const Runner& row, const Device& device) {
+  return row.device == device.kind && row.arch_min <= device.arch && device.arch <= row.arch_max;
+}
+
+}  // namespace
+
+bool DTypeSet::contains(DType dtype) const {
+  switch (dtype) {
+    case DType::f16:
+      return f16;
+    case DType::bf16:
+      return bf16;
+    case DType::f32:
+      return f32;
+    case DType::f64:
+      return f64;
+  }
+  return false;
+}
+
+RunnerTable runners() { return {kRunners, std::size(kRunners)}; }
+
+bool built_with_cuda() { return ONLINE_ATTENTION_WITH_CUDA; }
+
+Status describe_cuda_device(int index, Device& device) {
+#if ONLINE_ATTENTION_WITH_CUDA
+  return cuda::describe_device(index, device);
+#else
+  static_cast<void>(index);
+  static_cast<void>(device);
+  return "this build of online_attention holds no CUDA kernels";
+#endif
+}
+
+const Runner* find(DType dtype, const Shape& shape, const Device& device) {
+  for (const Runner& row : runners()) {
+    if (takes(row, dtype, shape, device)) return &row;
+  }
+  return nullptr;
+}
+
+std::string explain(DType dtype, const Shape& shape, const Device& device) {
+  const Runner* chosen = find(dtype, shape, device);
+  const Runner* nearest = nullptr;  // the first row for this device that does not take the problem
+  const Runner* of_device = nullptr;
+  for (const Runner& row : runners()) {
+    if (&row == chosen) break;
+    if (row.device == device.kind) of_device = &row;
+    if (nearest == nullptr && is_near(row, device)) nearest = &row;
+  }
+  const auto clause = [&](const Runner& row) {
+    return std::string(row.name) +
+           " does not take it: " + mismatch(row, dtype, shape, device.arch) + ".";
+  };
+  if (chosen != nullptr) {
+    std::string sentence = std::string(chosen->name) + " runs this problem.";
+    return nearest == nullptr ? sentence : sentence + " " + clause(*nearest);
+  }
+  if (nearest == nullptr) nearest = of_device;
+  if (nearest == nullptr) return "Nothing runs this problem: this build holds no CUDA kernels.";
+  return "Nothing runs this problem. " + clause(*nearest);
+}
+
+}  // namespace online_attention

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Exact attention by online softmax, with the log-sum-exp of every row as a second output."""
+
+from importlib.metadata import version as _version
+
+from .merge import merge
+from .ops import attention
+from .sdpa import scaled_dot_product_attention
+from .support import explain, supported
+
+__version__ = _version("online-attention")
+
+__all__ = [
+    "attention",
+    "explain",
+    "merge",
+    "scaled_dot_product_attention",
+    "supported",
+]

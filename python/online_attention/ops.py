@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`attention` and what torch needs to know of the operator under it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import _C, checks
+
+# Loading _C registers the operators, after `import torch` has loaded the libraries it links.
+assert _C is not None
+_forward = torch.ops.online_attention.forward.default
+
+TOP_LEFT, BOTTOM_RIGHT = 0, 1
+UNBOUNDED = -1
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    window: tuple[int, int] | None = ...,
+    softcap: float = ...,
+    bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    window: tuple[int, int] | None = ...,
+    softcap: float = ...,
+    bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool,
+    window: tuple[int, int] | None = ...,
+    softcap: float = ...,
+    bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, ``softmax(q kᵀ * scale + mask) v``, in one pass over the keys.
+
+    Query head ``h`` attends to key and value head ``h // (H // H_kv)``, so grouped-query and
+    multi-query attention need no repeated heads.
+
+    Args:
+        q: Queries ``(B, H, S_q, D)``; float16, bfloat16, float32 or float64.
+        k: Keys ``(B, H_kv, S_kv, D)``, of the dtype and device of ``q``; ``H % H_kv == 0``.
+        v: Values ``(B, H_kv, S_kv, D_v)``, of the dtype and device of ``q``.
+        causal: Query ``i`` sees key ``j`` only if ``j <= i + S_kv - S_q``: the last query sees
+            every key.
+        scale: Factor of the scores, any finite number; None means ``1 / sqrt(D)``.
+        return_lse: Whether to return the log-sum-exp of each row too.
+        window: Not built yet.
+        softcap: Not built yet.
+        bias: Not built yet.
+        alibi_slopes: Not built yet.
+        sinks: Not built yet.
+        dropout_p: Not built yet.
+        deterministic: Whether no result may depend on the batch it is computed in. None follows
+            ``torch.are_deterministic_algorithms_enabled()``. Results are the same from run to run
+            in any case.
+
+    Returns:
+        ``out``, ``(B, H, S_q, D_v)`` in the dtype and the memory order of ``q``; with
+        ``return_lse=True`` the pair ``(out, lse)``, where ``lse`` is the natural logarithm of
+        the sum of ``exp(score)`` over the keys, ``(B, H, S_q)``, float32 (float64 for float64).
+        A row that sees no key has ``out = 0`` and ``lse = -inf``.
+
+    Inputs are read in place, whatever their strides, if their last dimension is contiguous, and are
+    copied once otherwise. The work is ``O(S_q * S_kv)``, the memory beside inputs and outputs is
+    constant in ``S_kv``. Gradients are not built yet. :func:`supported` lists what runs where.
+
+    Example:
+        >>> import torch
+        >>> from online_attention import attention
+        >>> q = torch.randn(2, 8, 100, 64)
+        >>> k, v = torch.randn(2, 2, 2, 100, 64)
+        >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
+    """
+    check_keywords(
+        causal, return_lse, window, softcap, bias, alibi_slopes, sinks, dropout_p, deterministic
+    )
+    out, lse = forward(q, k, v, causal, scale, BOTTOM_RIGHT, deterministic)
+    return (out, lse) if return_lse else out
+
+
+def check_keywords(
+    causal: bool,
+    return_lse: bool,
+    window: tuple[int, int] | None,
+    softcap: float,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    deterministic: bool | None,
+) -> None:
+    """Refuse keywords of a wrong type and those that are not built yet."""
+    if not (
+        (causal is True or causal is False)
+        and (return_lse is True or return_lse is False)
+        and (deterministic is None or deterministic is True or deterministic is False)
+    ):
+        checks.check_flags(causal=causal, return_lse=return_lse)
+        checks.check_flags(deterministic=deterministic)
+    if not (
+        window is None
+        and bias is None
+        and alibi_slopes is None
+        and sinks is None
+        and type(softcap) is float
+        and type(dropout_p) is float
+        and softcap == 0.0
+        and dropout_p == 0.0
+    ):
+        checks.check_unbuilt(
+            window=window,
+            softcap=softcap,
+            bias=bias,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+        )
+
+
+def checked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The inputs as the operator gets them: checked, cast under autocast, the scale filled in."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        checks.check_tensors(q=q, k=k, v=v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = autocast(q, k, v)
+    if not checks.are_inputs(q, k, v):
+        checks.check_inputs(("q", "k", "v"), q, k, v)
+    if not checks.is_problem(q, k, v):
+        checks.check_problem(q, k, v)
+    if checks.needs_gradient(q, k, v):
+        checks.refuse_gradient()
+    if scale is None:
+        return q, k, v, 1.0 / math.sqrt(q.shape[3])
+    if type(scale) is float and -math.inf < scale < math.inf:
+        return q, k, v, scale
+    return q, k, v, checks.check_scale(scale)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    alignment: int,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """Check three inputs and run the operator on them."""
+    q, k, v, scale = checked(q, k, v, scale)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    window_right = 0 if causal else UNBOUNDED
+    result: tuple[Tensor, Tensor] = _forward(
+        q, k, v, scale, alignment, UNBOUNDED, window_right, deterministic
+    )
+    return result
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as torch's own attention gets them under autocast: float64 stays as it is."""
+    device_type = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype)
+        if t.is_floating_point() and t.dtype is not torch.float64 and t.device.type == device_type
+        else t
+        for t in tensors
+    )
+
+
+def _memory_order(q: Tensor) -> list[int]:
+    """Dimensions B, H and S_q of the output from the slowest to the fastest, as in the query."""
+    strides = q.stride()[:3]
+    order = [0, 1, 2]
+    if 0 not in strides:  # a broadcast query has no memory order to keep
+        order.sort(key=lambda dim: strides[dim], reverse=True)
+    return order
+
+
+@torch.library.register_fake("online_attention::forward")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    B, H, S_q, _ = q.shape
+    sizes = (B, H, S_q, v.shape[3])
+    order = [*_memory_order(q), 3]
+    out = q.new_empty([sizes[dim] for dim in order])
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty((B, H, S_q), dtype=lse_dtype)
+    return out.permute([order.index(dim) for dim in range(4)]), lse
+
+
+@torch.library.register_vmap("online_attention::forward")
+def _forward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, *settings: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Makes the mapped dimension a part of the batch."""
+
+    def folded(tensor: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return tensor.expand(info.batch_size, *tensor.shape).flatten(0, 1)
+        return tensor.movedim(dim, 0).flatten(0, 1)
+
+    B = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
+    q, k, v = (folded(t, dim) for t, dim in zip((q, k, v), in_dims, strict=False))
+    out, lse = _forward(q, k, v, *settings)
+    sizes = (info.batch_size, B)
+    return (out.unflatten(0, sizes), lse.unflatten(0, sizes)), (0, 0)
