@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+namespace online_attention::cpu {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+// The widest set that this build and this processor have; the environment variable
+// ONLINE_ATTENTION_CPU = baseline | avx2 | avx512, read once, asks for a narrower one.
+InstructionSet chosen_instruction_set();
+
+// Its name: "baseline", "avx2" or "avx512".
+const char* instruction_set();
+
+}  // namespace online_attention::cpu

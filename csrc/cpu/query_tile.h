@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The contract between the dispatcher (forward.cpp) and the kernels of the instruction sets.
+//
+// The kernels' files are compiled with wider instruction sets than the rest, so they must not emit
+// a function that other files emit too: the linker keeps one copy, and it could be theirs. Hence
+// they receive plain data only, are templates on their own instruction set, and take SoftmaxRow's
+// members, when not inlined, from forward.cpp.
+#pragma once
+
+#include <cstddef>
+
+#include "core/problem.h"
+#include "core/softmax_row.h"
+
+namespace online_attention {
+
+extern template struct SoftmaxRow<float>;
+extern template struct SoftmaxRow<double>;
+extern template float exp2_of<float>(float);
+extern template double exp2_of<double>(double);
+extern template float log2_of<float>(float);
+extern template double log2_of<double>(double);
+extern template float max_of<float>(float, float);
+extern template double max_of<double>(double, double);
+
+}  // namespace online_attention
+
+namespace online_attention::cpu {
+
+// One task: query rows, of one head or of several that share a kv head, against their keys.
+struct QueryTile {
+  static constexpr int kMaxRows = 128;
+
+  int rows = 0;
+  const void* q[kMaxRows];     // [rows][D]
+  void* out[kMaxRows];         // [rows][D_v]
+  void* lse[kMaxRows];         // [rows]
+  KvRange visible[kMaxRows];   // the keys each row sees
+  KvRange some_row_sees = {};  // the union of `visible`
+  KvRange all_rows_see = {};   // their intersection; begin >= end if empty
+
+  const void* k = nullptr;             // [S_kv][D]
+  const void* v = nullptr;             // [S_kv][D_v]
+  int64_t k_stride = 0, v_stride = 0;  // elements between two keys
+  int64_t D = 0, D_v = 0;
+  double sign = 1, scale_log2 = 1;  // of ScoreScale
+};
+
+struct TileKernel {
+  int64_t (*scratch_bytes)(int64_t D, int64_t D_v);
+  void (*attend)(const QueryTile& tile, std::byte* scratch);  // scratch: 64-byte aligned
+};
+
+namespace baseline {
+TileKernel tile_kernel(DType dtype);
+}
+namespace avx2 {
+TileKernel tile_kernel(DType dtype);
+}
+namespace avx512 {
+TileKernel tile_kernel(DType dtype);
+}
+
+}  // namespace online_attention::cpu

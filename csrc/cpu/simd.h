@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One vector register, through the compilers' portable vector types. `Isa` is a type of the file
+// that is being compiled; it makes every instantiation distinct from those of the other files.
+#pragma once
+
+#include <utility>
+
+#include "cpu/element.h"
+
+namespace online_attention::cpu {
+
+template <class Real>
+struct IntegerLike {
+  using type = int32_t;
+};
+template <>
+struct IntegerLike<double> {
+  using type = int64_t;
+};
+
+template <class Number, int kBytes>
+struct VectorOf {
+  typedef Number type __attribute__((vector_size(kBytes)));
+};
+
+template <class Isa, class Real>
+struct Simd {
+  using Integer = typename IntegerLike<Real>::type;
+  static constexpr int kLanes = Isa::kVectorBytes / static_cast<int>(sizeof(Real));
+  using Vec = typename VectorOf<Real, Isa::kVectorBytes>::type;
+  using Bits = typename VectorOf<Integer, Isa::kVectorBytes>::type;
+  using Words = typename VectorOf<uint32_t, Isa::kVectorBytes>::type;
+  using Halves = typename VectorOf<uint16_t, Isa::kVectorBytes / 2>::type;
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+
+  static Vec splat(Real x) { return x - Vec{}; }
+  static Bits splat_bits(Integer x) { return x - Bits{}; }
+
+  template <int... kLane>
+  static Bits iota(std::integer_sequence<int, kLane...>) {
+    return Bits{kLane...};
+  }
+  static Bits iota() { return iota(Lanes{}); }
+
+  // The larger of two; where one is NaN, `other`.
+  static Vec max(Vec a, Vec other) { return a > other ? a : other; }
+
+  static Vec load(const Real* from) {
+    Vec v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static Vec load(const F16* from) { return Isa::load(from); }
+  static Vec load(const Bf16* from) {
+    Halves halves;
+    __builtin_memcpy(&halves, from, sizeof halves);
+    return (Vec)(__builtin_convertvector(halves, Words) << 16);
+  }
+
+  static void store(Vec v, Real* to) { __builtin_memcpy(to, &v, sizeof v); }
+  static void store(Vec v, F16* to) { Isa::store(v, to); }
+  // To the nearest, ties to even: half of the last kept bit less one, plus that bit, carries.
+  static void store(Vec v, Bf16* to) {
+    const Words bits = (Words)v;
+    const Words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Words quiet_nan = bits >> 16 | 0x40;
+    const Words words = (bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : nearest;
+    const Halves halves = __builtin_convertvector(words, Halves);
+    __builtin_memcpy(to, &halves, sizeof halves);
+  }
+
+  // The first `count` < kLanes elements; zeros behind them. Touches no other memory.
+  template <class Element>
+  static Vec load_first(const Element* from, int64_t count) {
+    Element padded[kLanes] = {};
+    __builtin_memcpy(padded, from, static_cast<std::size_t>(count) * sizeof(Element));
+    return load(padded);
+  }
+  template <class Element>
+  static void store_first(Vec v, Element* to, int64_t count) {
+    Element padded[kLanes];
+    store(v, padded);
+    __builtin_memcpy(to, padded, static_cast<std::size_t>(count) * sizeof(Element));
+  }
+
+  static Real max_of_lanes(Vec v) {
+    return fold<kLanes / 2>(v, [](Vec a, Vec b) { return max(a, b); })[0];
+  }
+  static Real sum_of_lanes(Vec v) {
+    return fold<kLanes / 2>(v, [](Vec a, Vec b) { return a + b; })[0];
+  }
+
+  // rows[i][j] := rows[j][i]. Each of the log2(kLanes) rounds interleaves the two halves.
+  static void transpose(Vec (&rows)[kLanes]) {
+    for (int round = 1; round < kLanes; round *= 2) {
+      Vec mixed[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes / 2; ++i) {
+        mixed[2 * i] = zip<0>(rows[i], rows[i + kLanes / 2], Lanes{});
+        mixed[2 * i + 1] = zip<kLanes / 2>(rows[i], rows[i + kLanes / 2], Lanes{});
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+    }
+  }
+
+ private:
+  // a[from], b[from], a[from + 1], b[from + 1], ...
+  template <int kFrom, int... kLane>
+  static Vec zip(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, (kFrom + kLane / 2 + (kLane % 2) * kLanes)...);
+  }
+  template <int kDistance, int... kLane>
+  static Vec swap(Vec v, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+  }
+  template <int kDistance, class Combine>
+  static Vec fold(Vec v, Combine combine) {
+    if constexpr (kDistance == 0) {
+      return v;
+    } else {
+      return fold<kDistance / 2>(combine(v, swap<kDistance>(v, Lanes{})), combine);
+    }
+  }
+};
+
+}  // namespace online_attention::cpu
