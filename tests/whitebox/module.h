@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The tests' window into the C++ headers. One file binds one header; module.cpp lists them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace whitebox {
+
+namespace py = pybind11;
+
+void bind_softmax_row(py::module_& module);
+void bind_mask(py::module_& module);
+void bind_problem(py::module_& module);
+
+}  // namespace whitebox
