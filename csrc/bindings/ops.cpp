@@ -79,9 +79,11 @@ void run(const Runner& runner, const ForwardArgs& args, Launch launch, const Ten
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-                                   double scale, int64_t alignment, int64_t window_left,
+                                   std::optional<double> scale_or_default, int64_t alignment, int64_t window_left,
                                    int64_t window_right, bool batch_invariant) {
   const Problem problem = problem_of(q_any, k_any, v_any);
+  const double scale =
+      scale_or_default.value_or(1.0 / std::sqrt(static_cast<double>(problem.shape.D)));
   if (!std::isfinite(scale)) throw std::invalid_argument("scale must be a finite number.");
   const Mask mask = mask_of(problem.shape, alignment, window_left, window_right);
 
@@ -120,10 +122,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
 
 }  // namespace
 
-// window_*: keys visible beyond the diagonal on that side, -1 = all; causal is window_right = 0.
+// scale: None is 1/sqrt(D). window_*: keys visible beyond the diagonal on that side, -1 = all; causal is window_right = 0.
 STABLE_TORCH_LIBRARY(online_attention, m) {
   m.def(
-      "forward(Tensor q, Tensor k, Tensor v, float scale, int alignment, SymInt window_left, "
+      "forward(Tensor q, Tensor k, Tensor v, float? scale, int alignment, SymInt window_left, "
       "SymInt window_right, bool batch_invariant) -> (Tensor out, Tensor lse)");
 }
 STABLE_TORCH_LIBRARY_IMPL(online_attention, CPU, m) { m.impl("forward", TORCH_BOX(&forward)); }

@@ -36,7 +36,8 @@ std::string shape_text(const Tensor& tensor) {
   return text + ")";
 }
 
-void check_layout(const Tensor& tensor, const char* name, const char* expected) {
+void check_rank(const Tensor& tensor, const char* name, const char* expected) {
+  if (!tensor.defined()) reject(std::string(name) + " must be a tensor, not None.");
   int32_t layout = 0;
   check_torch(aoti_torch_get_layout(tensor.get(), &layout), "reading a tensor's layout");
   if (layout != aoti_torch_layout_strided()) {
@@ -83,9 +84,9 @@ void check_torch(AOTITorchError code, const char* what) {
 }
 
 Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_layout(q, "q", "(B, H, S_q, D)");
-  check_layout(k, "k", "(B, H_kv, S_kv, D)");
-  check_layout(v, "v", "(B, H_kv, S_kv, D_v)");
+  check_rank(q, "q", "(B, H, S_q, D)");
+  check_rank(k, "k", "(B, H_kv, S_kv, D)");
+  check_rank(v, "v", "(B, H_kv, S_kv, D_v)");
   const Problem problem = {.dtype = dtype_of(q),
                            .shape = {.B = q.size(0),
                                      .H = q.size(1),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a call must satisfy. A valid call passes one condition; only a failing one is explained.
+"""What a call must satisfy, in sentences.
 
-Every error is one sentence: the argument, what it must be, what it is, and what to do.
+An error names argument, what it must be, what it is, and what to do.
 """
 
 from __future__ import annotations
@@ -18,71 +18,53 @@ from . import _C
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 DEVICES = frozenset({"cpu", "cuda"} if _C.built_with_cuda() else {"cpu"})
-SIZE_LIMIT = 2**31
+SIZE_MAX = 2**31 - 1
 
-_SYMBOLS = {"q": "(B, H, S_q, D)", "k": "(B, H_kv, S_kv, D)", "v": "(B, H_kv, S_kv, D_v)"}
-
-
-def are_inputs(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether three tensors are of a kind that attention takes, whatever their shapes."""
-    dtype, device = q.dtype, q.device
-    return (
-        k.dtype is dtype
-        and v.dtype is dtype
-        and dtype in DTYPES
-        and k.device == device
-        and v.device == device
-        and device.type in DEVICES
-        and q.layout is k.layout is v.layout is torch.strided
-    )
+Names = tuple[str, str, str]
+NAMES: Names = ("q", "k", "v")
+_SHAPES = ("(B, H, S_q, D)", "(B, H_kv, S_kv, D)", "(B, H_kv, S_kv, D_v)")
 
 
-def is_problem(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the shapes of three tensors fit each other."""
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if not (len(q_shape) == len(k_shape) == len(v_shape) == 4):
-        return False
-    B, H, S_q, D = q_shape
-    B_k, H_kv, S_kv, D_k = k_shape
-    B_v, H_v, S_v, D_v = v_shape
-    return (
-        B == B_k == B_v
-        and D == D_k
-        and H_kv == H_v
-        and S_kv == S_v
-        and (H == H_kv or (H_kv != 0 and H % H_kv == 0))
-        and 0 < D < SIZE_LIMIT
-        and 0 < D_v < SIZE_LIMIT
-        and S_q < SIZE_LIMIT
-        and S_kv < SIZE_LIMIT
-    )
+def fault_of_call(names: Names, q: object, k: object, v: object, scale: object) -> Exception | None:
+    """What `check_call` would raise."""
+    try:
+        check_call(names, q, k, v, scale)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return error
+    return None
 
 
-def check_tensors(**tensors: object) -> None:
-    """Refuse anything but tensors, by name."""
-    for name, value in tensors.items():
+def check_call(names: Names, q: Any, k: Any, v: Any, scale: object) -> None:
+    """Refuse whatever the operator refuses."""
+    tensors = (q, k, v)
+    check_tensors(names, *tensors)
+    check_shapes(names, *tensors)
+    check_limits(names, *tensors)
+    if scale is not None:
+        check_scale(scale)
+
+
+def check_tensors(names: Names, *tensors: Any) -> None:
+    """Refuse what is no tensor, and layouts, dtypes and devices not taken or not equal."""
+    for name, value in zip(names, tensors, strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a torch.Tensor, but is {_kind(value)}: "
                 "convert it with torch.as_tensor()."
             )
-
-
-def check_inputs(names: tuple[str, str, str], *tensors: Tensor) -> None:
-    """Refuse three tensors of which `are_inputs` is false."""
     first_name, first = names[0], tensors[0]
     for name, tensor in zip(names, tensors, strict=True):
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "it is nested" if tensor.is_nested else f"its layout is {tensor.layout}"
             raise TypeError(
-                f"{name} must be a dense tensor, but its layout is {tensor.layout}: "
-                "call .to_dense() first."
+                f"{name} must be a dense tensor, but {kind}: call .to_dense() or pad it first."
             )
         if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, but is "
                 f"{_dtype(tensor)}: convert it with .to()."
             )
-        if tensor.dtype is not first.dtype:
+        if tensor.dtype != first.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first_name}, {_dtype(first)}, but is "
                 f"{_dtype(tensor)}: convert it with .to({first_name}.dtype)."
@@ -90,12 +72,12 @@ def check_inputs(names: tuple[str, str, str], *tensors: Tensor) -> None:
         if tensor.device.type == "cuda" and "cuda" not in DEVICES:
             raise NotImplementedError(
                 f"{name} is a CUDA tensor, but this build of online_attention holds no CUDA "
-                "kernels: reinstall it without ONLINE_ATTENTION_CUDA=0, or move the inputs to "
-                "the CPU."
+                "kernels: reinstall it with a CUDA compiler and without ONLINE_ATTENTION_CUDA=0, "
+                "or move the inputs to the CPU."
             )
         if tensor.device.type not in DEVICES:
             raise NotImplementedError(
-                f"{name} must be on one of the devices {', '.join(sorted(DEVICES))}, but is on "
+                f"{name} must be on a device of type {' or '.join(sorted(DEVICES))}, but is on "
                 f"{tensor.device}: move it with .to()."
             )
         if tensor.device != first.device:
@@ -105,44 +87,69 @@ def check_inputs(names: tuple[str, str, str], *tensors: Tensor) -> None:
             )
 
 
-def check_problem(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse three tensors of which `is_problem` is false."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+def check_shapes(names: Names, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse shapes that are no attention problem."""
+    for name, shape, tensor in zip(names, _SHAPES, (q, k, v), strict=True):
         if tensor.dim() != 4:
             raise ValueError(
-                f"{name} must have 4 dimensions {_SYMBOLS[name]}, but its shape is "
-                f"{tuple(tensor.shape)}: add or merge dimensions with .reshape()."
+                f"{name} must have 4 dimensions {shape}, but its shape is {tuple(tensor.shape)}: "
+                "add or merge dimensions with .reshape()."
             )
-    B, H, _, D = q.shape
-    _, H_kv, S_kv, _ = k.shape
-    for name, tensor, dim, symbol, of, size in (
-        ("k", k, 0, "B", "q", B),
-        ("v", v, 0, "B", "q", B),
-        ("k", k, 3, "D", "q", D),
-        ("v", v, 1, "H_kv", "k", H_kv),
-        ("v", v, 2, "S_kv", "k", S_kv),
-    ):
-        if tensor.shape[dim] != size:
-            raise ValueError(
-                f"{name} must have shape {_SYMBOLS[name]} with {symbol} = {size} as in {of}, but "
-                f"its shape is {tuple(tensor.shape)}: make {name}.shape[{dim}] equal to {size}."
-            )
-    if H != H_kv and (H_kv == 0 or H % H_kv != 0):
+    H, H_kv = q.shape[1], k.shape[1]
+    check_sizes(names, (q, k, v), ((1, 0, 0, "B"), (2, 0, 0, "B"), (2, 1, 1, "H_kv")))
+    check_sizes(names, (q, k, v), ((1, 3, 0, "D"), (2, 2, 1, "S_kv")))
+    if H_kv != H and (H_kv == 0 or H % H_kv != 0):
         raise ValueError(
-            f"H must be a multiple of H_kv, but q has H = {H} heads and k has H_kv = {H_kv}: "
-            "repeat or drop key and value heads."
+            f"H must be a multiple of H_kv, but {names[0]} has H = {H} heads and {names[1]} has "
+            f"H_kv = {H_kv}: repeat or drop heads of {names[1]} and {names[2]}."
         )
-    for name, tensor in (("q", q), ("v", v)):
-        if tensor.shape[3] == 0:
+    for name, tensor in zip(names, (q, k, v), strict=True):
+        if tensor.shape[3] < 1:
             raise ValueError(
                 f"{name} must have a last dimension of at least 1, but its shape is "
                 f"{tuple(tensor.shape)}."
             )
-    raise ValueError(
-        "S_q, S_kv, D and D_v must be below 2^31, but the shapes are "
-        f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: split the sequence and use "
-        "online_attention.merge."
-    )
+
+
+def check_limits(names: Names, *tensors: Tensor) -> None:
+    """Refuse sizes that do not fit in 32 bits."""
+    for name, shape, tensor in zip(names, _SHAPES, tensors, strict=True):
+        if tensor.shape[2] > SIZE_MAX or tensor.shape[3] > SIZE_MAX:
+            raise ValueError(
+                f"{name} must have a shape {shape} whose last two sizes are below 2^31, but its "
+                f"shape is {tuple(tensor.shape)}: split the sequence and use "
+                "online_attention.merge."
+            )
+
+
+def check_sizes(
+    names: Names,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    equalities: tuple[tuple[int, int, int, str], ...],
+) -> None:
+    """Refuse sizes that differ.
+
+    An equality is the index of a tensor, a dimension, the index of the tensor that has the
+    expected size there, and the symbol of that size.
+    """
+    for index, dim, reference, symbol in equalities:
+        actual, expected = tensors[index].shape[dim], tensors[reference].shape[dim]
+        if actual != expected:
+            raise ValueError(
+                f"{names[index]} must have {symbol} = {expected} as {names[reference]}, but "
+                f"{names[index]}.shape[{dim}] is {actual} (shape "
+                f"{tuple(tensors[index].shape)}): make the two sizes equal."
+            )
+
+
+def check_keywords(
+    *, causal: object, return_lse: object, deterministic: object, **unbuilt: object
+) -> None:
+    """Refuse keywords of a wrong type and those that ask for what is not built yet."""
+    check_flags(causal=causal, return_lse=return_lse)
+    if deterministic is not None:
+        check_flags(deterministic=deterministic)
+    check_unbuilt(**unbuilt)
 
 
 def check_flags(**flags: object) -> None:
@@ -152,7 +159,7 @@ def check_flags(**flags: object) -> None:
             raise TypeError(f"{name} must be True or False, but is {_kind(value)}.")
 
 
-def check_scale(scale: Any) -> float:
+def check_scale(scale: object) -> float:
     """The scale as a float, if it is a finite number."""
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(

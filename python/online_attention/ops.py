@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -134,34 +133,11 @@ def attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
     """
-    check_keywords(
-        causal, return_lse, window, softcap, bias, alibi_slopes, sinks, dropout_p, deterministic
-    )
-    out, lse = forward(q, k, v, causal, scale, BOTTOM_RIGHT, deterministic)
-    return (out, lse) if return_lse else out
-
-
-def check_keywords(
-    causal: bool,
-    return_lse: bool,
-    window: tuple[int, int] | None,
-    softcap: float,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    deterministic: bool | None,
-) -> None:
-    """Refuse keywords of a wrong type and those that are not built yet."""
     if not (
         (causal is True or causal is False)
         and (return_lse is True or return_lse is False)
         and (deterministic is None or deterministic is True or deterministic is False)
-    ):
-        checks.check_flags(causal=causal, return_lse=return_lse)
-        checks.check_flags(deterministic=deterministic)
-    if not (
-        window is None
+        and window is None
         and bias is None
         and alibi_slopes is None
         and sinks is None
@@ -170,7 +146,10 @@ def check_keywords(
         and softcap == 0.0
         and dropout_p == 0.0
     ):
-        checks.check_unbuilt(
+        checks.check_keywords(
+            causal=causal,
+            return_lse=return_lse,
+            deterministic=deterministic,
             window=window,
             softcap=softcap,
             bias=bias,
@@ -178,27 +157,8 @@ def check_keywords(
             sinks=sinks,
             dropout_p=dropout_p,
         )
-
-
-def checked(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The inputs as the operator gets them: checked, cast under autocast, the scale filled in."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        checks.check_tensors(q=q, k=k, v=v)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = autocast(q, k, v)
-    if not checks.are_inputs(q, k, v):
-        checks.check_inputs(("q", "k", "v"), q, k, v)
-    if not checks.is_problem(q, k, v):
-        checks.check_problem(q, k, v)
-    if checks.needs_gradient(q, k, v):
-        checks.refuse_gradient()
-    if scale is None:
-        return q, k, v, 1.0 / math.sqrt(q.shape[3])
-    if type(scale) is float and -math.inf < scale < math.inf:
-        return q, k, v, scale
-    return q, k, v, checks.check_scale(scale)
+    out, lse = forward(q, k, v, causal, scale, BOTTOM_RIGHT, deterministic)
+    return (out, lse) if return_lse else out
 
 
 def forward(
@@ -209,21 +169,43 @@ def forward(
     scale: float | None,
     alignment: int,
     deterministic: bool | None,
+    names: checks.Names = checks.NAMES,
 ) -> tuple[Tensor, Tensor]:
-    """Check three inputs and run the operator on them."""
-    q, k, v, scale = checked(q, k, v, scale)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    window_right = 0 if causal else UNBOUNDED
-    result: tuple[Tensor, Tensor] = _forward(
-        q, k, v, scale, alignment, UNBOUNDED, window_right, deterministic
-    )
+    """Run the operator; inputs are checked here only for what the operator cannot notice.
+
+    It refuses whatever it cannot compute before it does anything, so a call that succeeds does not
+    pay for the checks that explain one that fails.
+    """
+    try:
+        if any_autocast_enabled():
+            q, k, v = autocast(q, k, v)
+        if checks.needs_gradient(q, k, v):
+            checks.refuse_gradient()
+        if not (scale is None or type(scale) is float):
+            scale = checks.check_scale(scale)
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        result: tuple[Tensor, Tensor] = _forward(
+            q, k, v, scale, alignment, UNBOUNDED, 0 if causal else UNBOUNDED, deterministic
+        )
+    except Exception:
+        fault = checks.fault_of_call(names, q, k, v, scale)
+        if fault is None:
+            raise
+        raise fault from None
     return result
+
+
+def any_autocast_enabled() -> bool:
+    """Whether autocast is on for a device that attention runs on."""
+    return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as torch's own attention gets them under autocast: float64 stays as it is."""
     device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype)
@@ -244,6 +226,8 @@ def _memory_order(q: Tensor) -> list[int]:
 
 @torch.library.register_fake("online_attention::forward")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    checks.check_tensors(checks.NAMES, q, k, v)
+    checks.check_shapes(checks.NAMES, q, k, v)
     B, H, S_q, _ = q.shape
     sizes = (B, H, S_q, v.shape[3])
     order = [*_memory_order(q), 3]

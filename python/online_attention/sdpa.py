@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .ops import TOP_LEFT, autocast, forward
+from .ops import TOP_LEFT, forward
+
+NAMES = ("query", "key", "value")
 
 
 def scaled_dot_product_attention(
@@ -53,61 +55,68 @@ def scaled_dot_product_attention(
     if not (attn_mask is None and type(dropout_p) is float and dropout_p == 0.0):
         checks.check_unbuilt(attn_mask=attn_mask, dropout_p=dropout_p)
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
-        checks.check_tensors(query=query, key=key, value=value)
-    if (
-        query.dim() == 4
-        and query.shape[:2] == key.shape[:2] == value.shape[:2]
-        and checks.is_problem(query, key, value)
-    ):
-        return forward(query, key, value, is_causal, scale, TOP_LEFT, None)[0]
+        checks.check_tensors(NAMES, query, key, value)
+    if _is_plain(query, key, value, enable_gqa):
+        return forward(query, key, value, is_causal, scale, TOP_LEFT, None, NAMES)[0]
     return _general(query, key, value, is_causal, scale, enable_gqa)
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> bool:
+    """Whether the tensors are already (B, H, S, D), with nothing to broadcast."""
+    q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
+    return (
+        len(q_shape) == len(k_shape) == len(v_shape) == 4
+        and q_shape[0] == k_shape[0] == v_shape[0]
+        and k_shape[1] == v_shape[1]
+        and (gqa or q_shape[1] == k_shape[1])
+    )
 
 
 def _general(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, gqa: bool
 ) -> Tensor:
     """Any rank, broadcast batch dimensions, grouped heads."""
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = autocast(query, key, value)
-    names = ("query", "key", "value")
-    if not checks.are_inputs(query, key, value):
-        checks.check_inputs(names, query, key, value)
-    for name, tensor in zip(names, (query, key, value), strict=True):
-        if tensor.dim() < (3 if gqa else 2):
+    least = 3 if gqa else 2
+    for name, tensor in zip(NAMES, (query, key, value), strict=True):
+        if tensor.dim() < least:
             raise ValueError(
-                f"{name} must have at least {3 if gqa else 2} dimensions, but its shape is "
+                f"{name} must have at least {least} dimensions, but its shape is "
                 f"{tuple(tensor.shape)}: add dimensions with .unsqueeze(0)."
             )
-    heads_q, heads_k, heads_v = (t.shape[-3] if gqa else 1 for t in (query, key, value))
+    last = ((1, -1, 0, "D"), (2, -2, 1, "S_kv"))
+    checks.check_sizes(NAMES, (query, key, value), last)
     if gqa:
-        _check_groups(heads_q, heads_k, heads_v)
-        if heads_k != heads_v:  # one of them has larger groups: give both a head for each query's
-            key = key.repeat_interleave(heads_q // heads_k, -3)
-            value = value.repeat_interleave(heads_q // heads_v, -3)
-    # Dimensions that only count instances; the heads are among them unless they are grouped.
+        key, value = _with_equal_groups(query, key, value)
+    # Dimensions that only count instances; heads are among them unless they are grouped.
     end = -3 if gqa else -2
-    leads = [t.shape[:end] for t in (query, key, value)]
     try:
-        lead = torch.broadcast_shapes(*leads)
+        lead = torch.broadcast_shapes(*(t.shape[:end] for t in (query, key, value)))
     except RuntimeError:
         raise ValueError(
-            "query, key and value must have equal or broadcastable dimensions before "
+            "query, key and value must have equal or broadcastable sizes before "
             f"{'(H, S, D)' if gqa else '(S, D)'}, but their shapes are {tuple(query.shape)}, "
             f"{tuple(key.shape)} and {tuple(value.shape)}: expand them, or pass enable_gqa=True "
             "for grouped heads."
         ) from None
     q, k, v = (_rank_4(t, lead, end) for t in (query, key, value))
-    out = forward(q, k, v, is_causal, scale, TOP_LEFT, None)[0]
+    out = forward(q, k, v, is_causal, scale, TOP_LEFT, None, NAMES)[0]
     return out.reshape(*lead, *out.shape[1 if gqa else 2 :])
 
 
-def _check_groups(heads_q: int, heads_k: int, heads_v: int) -> None:
-    for name, heads in (("key", heads_k), ("value", heads_v)):
-        if heads != heads_q and (heads == 0 or heads_q % heads != 0):
+def _with_equal_groups(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value with one number of heads, which divides that of the query."""
+    heads = query.shape[-3]
+    for name, tensor in (("key", key), ("value", value)):
+        own = tensor.shape[-3]
+        if own != heads and (own == 0 or heads % own != 0):
             raise ValueError(
-                f"the {heads_q} heads of query must be a multiple of the heads of {name}, but "
-                f"there are {heads}: repeat or drop heads."
+                f"the heads of query, {heads}, must be a multiple of those of {name}, {own}: "
+                "repeat or drop heads."
             )
+    if key.shape[-3] == value.shape[-3]:
+        return key, value
+    key = key.repeat_interleave(heads // key.shape[-3], -3)
+    return key, value.repeat_interleave(heads // value.shape[-3], -3)
 
 
 def _rank_4(tensor: Tensor, lead: torch.Size, end: int) -> Tensor:

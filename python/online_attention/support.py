@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _C, ops
+from . import _C, checks, ops
 
 _ANY_ARCH = 2**31 - 1
 
@@ -97,10 +97,17 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
         'cpu.tiled runs this problem.'
     """
     try:
-        call = inspect.signature(ops.attention).bind(q, k, v, **keywords)
-        call.apply_defaults()
-        q, k, v, _ = ops.checked(q, k, v, call.kwargs["scale"])
-        ops.check_keywords(**{name: call.kwargs[name] for name in call.kwargs if name != "scale"})
+        settings = inspect.signature(ops.attention).bind(q, k, v, **keywords)
+        settings.apply_defaults()
+        scale = settings.kwargs["scale"]
+        checks.check_keywords(
+            **{name: value for name, value in settings.kwargs.items() if name != "scale"}
+        )
+        if all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)):
+            q, k, v = ops.autocast(q, k, v)
+        checks.check_call(checks.NAMES, q, k, v, scale)
+        if checks.needs_gradient(q, k, v):
+            checks.refuse_gradient()
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"Nothing runs this call: {error}"
     arch = 0
