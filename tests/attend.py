@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Calling the library in a test: outputs poisoned before, results judged by `tolerance` after."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import online_attention
+import oracle
+from cases import Case, Inputs
+from oracle import FULL, Attention, Mask
+from rows import Target
+from tolerance import assert_close, assert_lse_close
+
+NAN = float("nan")
+
+
+def poison_allocator(q: Tensor, d_v: int) -> None:
+    """Frees NaN-filled blocks of the sizes of out and lse, which the allocator hands out next."""
+    rows = q.shape[:3]
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    blocks = [
+        torch.full((*rows, d_v), NAN, dtype=q.dtype, device=q.device),
+        torch.full(rows, NAN, dtype=lse_dtype, device=q.device),
+    ]
+    blocks.clear()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask = FULL,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> Attention:
+    """By the public function if it takes the mask, else by the operator under it."""
+    poison_allocator(q, v.shape[-1])
+    if mask.alignment == "bottom_right" and (mask.is_full or mask.is_causal):
+        return Attention(
+            *online_attention.attention(
+                q,
+                k,
+                v,
+                causal=mask.is_causal,
+                scale=scale,
+                return_lse=True,
+                deterministic=deterministic,
+            )
+        )
+    factor = oracle.default_scale(q, scale)
+    batch_invariant = bool(deterministic)
+    return Attention(
+        *torch.ops.online_attention.forward(q, k, v, factor, *mask.op_arguments, batch_invariant)
+    )
+
+
+def assert_right(
+    ours: Attention,
+    inputs: Inputs,
+    mask: Mask = FULL,
+    scale: float | None = None,
+    magnitude: float | None = None,
+) -> None:
+    """Out and lse against the exact ones; `magnitude` as in `assert_close`."""
+    exact = oracle.exact(*inputs, mask, scale)
+    plain = oracle.plain(*inputs, mask, scale)
+    assert_close(ours.out, exact.out, plain.out, magnitude=magnitude)
+    assert_lse_close(ours.lse, exact.lse, oracle.plain_lse(*inputs, mask, scale))
+
+
+def check_case(target: Target, case: Case) -> None:
+    inputs = case.inputs(target.dtype, target.device, target.head_dim)
+    assert_right(attend(*inputs, case.mask, case.scale), inputs, case.mask, case.scale)

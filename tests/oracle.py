@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The exact answers, and the plain ones.
+
+`exact` is what a result is judged by: fp64 for the types below fp64, extended precision for fp64.
+`plain` is what PyTorch's own arithmetic makes of the same inputs in the same dtype. `by_definition`
+is written apart from the library: one query at a time, a loop over what it sees and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from online_attention import reference
+
+UNBOUNDED = -1
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Keys of a query: `left` before and `right` after its diagonal, -1 for all."""
+
+    alignment: str = "bottom_right"
+    left: int = UNBOUNDED
+    right: int = UNBOUNDED
+
+    @property
+    def is_causal(self) -> bool:
+        return self.left == UNBOUNDED and self.right == 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.left == UNBOUNDED and self.right == UNBOUNDED
+
+    @property
+    def op_arguments(self) -> tuple[int, int, int]:
+        """alignment, window_left and window_right of torch.ops.online_attention.forward."""
+        return ("top_left", "bottom_right").index(self.alignment), self.left, self.right
+
+    def keys(self, q_idx: int, s_q: int, s_kv: int) -> range:
+        diagonal = q_idx + (s_kv - s_q if self.alignment == "bottom_right" else 0)
+        begin = 0 if self.left == UNBOUNDED else max(diagonal - self.left, 0)
+        end = s_kv if self.right == UNBOUNDED else min(diagonal + self.right + 1, s_kv)
+        return range(begin, max(begin, end))
+
+    def visible(self, s_q: int, s_kv: int) -> Tensor:
+        """(S_q, S_kv), true where query and key see each other."""
+        visible = torch.zeros(s_q, s_kv, dtype=torch.bool)
+        for q_idx in range(s_q):
+            keys = self.keys(q_idx, s_q, s_kv)
+            visible[q_idx, keys.start : keys.stop] = True
+        return visible
+
+
+FULL = Mask()
+CAUSAL = Mask(right=0)
+CAUSAL_TOP_LEFT = Mask("top_left", right=0)
+
+
+class Attention(NamedTuple):
+    out: Tensor
+    lse: Tensor
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+) -> Attention:
+    """softmax(scale q k^T + mask) v in extended precision, returned in fp64 on q's device."""
+    B, H, s_q, _ = q.shape
+    H_kv, s_kv, d_v = k.shape[1], k.shape[2], v.shape[3]
+    wide_q, wide_k, wide_v = (x.detach().double().cpu().numpy().astype(np.longdouble)
+                              for x in (q, k, v))  # fmt: skip
+    factor = np.longdouble(default_scale(q, scale))
+    out = np.zeros((B, H, s_q, d_v), np.longdouble)
+    lse = np.full((B, H, s_q), -np.inf, np.longdouble)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        for b, h, i in np.ndindex(B, H, s_q):
+            keys = mask.keys(i, s_q, s_kv)
+            seen = slice(keys.start, keys.stop)
+            h_kv = h // (H // H_kv)
+            scores = factor * (wide_k[b, h_kv, seen] @ wide_q[b, h, i])
+            largest = scores.max(initial=-np.inf)
+            if largest == -np.inf:
+                continue
+            p = np.exp(scores - largest)
+            out[b, h, i] = (p @ wide_v[b, h_kv, seen]) / p.sum()
+            lse[b, h, i] = largest + np.log(p.sum())
+    return Attention(
+        torch.from_numpy(out.astype(np.float64)).to(q.device),
+        torch.from_numpy(lse.astype(np.float64)).to(q.device),
+    )
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Attention:
+    with torch.no_grad():
+        return Attention(
+            *reference.naive_attention(
+                q,
+                k,
+                v,
+                causal=mask.is_causal,
+                alignment=mask.alignment,
+                scale=scale,
+                return_lse=True,
+            )
+        )
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+) -> Attention:
+    is_windowed = not (mask.is_full or mask.is_causal)
+    if q.dtype == torch.float64 or is_windowed:
+        return by_definition(q, k, v, mask, scale)
+    return _reference(q.double(), k.double(), v.double(), mask, default_scale(q, scale))
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+) -> Attention:
+    if mask.is_full or mask.is_causal:
+        return _reference(q, k, v, mask, default_scale(q, scale))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    visible = mask.visible(q.shape[2], k.shape[2]).to(q.device)
+    accumulation = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q @ k.mT * default_scale(q, scale)).to(accumulation)
+    scores = scores.masked_fill(~visible, -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    p = torch.where(lse[..., None] == -math.inf, 0, torch.exp(scores - lse[..., None]))
+    return Attention(p.to(q.dtype) @ v, lse)
+
+
+def plain_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+) -> Tensor:
+    """The lse of PyTorch in the type the lse has: half inputs are widened before the products."""
+    if q.dtype in (torch.float16, torch.bfloat16):
+        scale = default_scale(q, scale)
+        q, k, v = q.float(), k.float(), v.float()
+    return plain(q, k, v, mask, scale).lse
