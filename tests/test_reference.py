@@ -262,10 +262,10 @@ def test_gradients_are_those_of_torch(route: Any, tiles: dict[str, int], is_caus
     theirs = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=True)
     ours = route(*inputs, causal=is_causal, alignment="top_left", **tiles)
     assert_same(ours, theirs)
-    d_out = normal(*theirs.shape, seed=9)
+    dout = normal(*theirs.shape, seed=9)
     pairs = zip(
-        torch.autograd.grad(ours, inputs, d_out),
-        torch.autograd.grad(theirs, inputs, d_out),
+        torch.autograd.grad(ours, inputs, dout),
+        torch.autograd.grad(theirs, inputs, dout),
         strict=True,
     )
     for mine, due in pairs:
@@ -283,8 +283,8 @@ def test_both_results_are_differentiable_twice_with_empty_rows(route: Any, tiles
 
     assert gradcheck(visible_results, inputs)
     assert gradgradcheck(visible_results, inputs)
-    d_q = torch.autograd.grad(route(*inputs, causal=True, **tiles).sum(), inputs[0])[0]
-    assert torch.equal(d_q[:, :, 0], torch.zeros(1, 2, 2, dtype=torch.float64))
+    dq = torch.autograd.grad(route(*inputs, causal=True, **tiles).sum(), inputs[0])[0]
+    assert torch.equal(dq[:, :, 0], torch.zeros(1, 2, 2, dtype=torch.float64))
 
 
 POISON = st.sampled_from([math.nan, INF, -INF])
@@ -335,8 +335,8 @@ def test_what_is_hidden_from_all_rows_has_gradient_zero(
         gradients.append(torch.autograd.grad(out.square().sum() + lse.sum(), inputs))
     for clean, poisoned in zip(*gradients, strict=True):
         assert_same(poisoned, clean)
-    for d_k_or_v in gradients[1][1:]:
-        assert not bool(d_k_or_v[:, :, 4:].any())
+    for dk_or_dv in gradients[1][1:]:
+        assert not bool(dk_or_dv[:, :, 4:].any())
 
 
 @given(problem=problems(smallest=1), data=st.data())
