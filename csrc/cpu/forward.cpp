@@ -7,6 +7,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <thread>
 
 #include "cpu/instruction_set.h"
 #include "cpu/query_tile.h"
@@ -71,14 +72,25 @@ struct Tiling {
   int64_t q_tiles, head_tiles;  // of a kv head
   int64_t tasks;
 
+  // Wide tiles pack keys and values less often; narrow ones keep all cores busy. No result depends
+  // on the width.
   explicit Tiling(const Shape& s) {
-    constexpr int64_t kRows = 96;  // a multiple of every kernel's block, and most of its speed
-    queries = std::min(s.S_q, kRows);
-    heads = std::clamp<int64_t>(kRows / queries, 1, s.group());
-    q_tiles = ceil_div(s.S_q, queries);
-    head_tiles = ceil_div(s.group(), heads);
-    tasks = s.B * s.H_kv * head_tiles * q_tiles;
+    static const int64_t enough_tasks = 4 * int64_t{std::thread::hardware_concurrency()};
+    int64_t rows = QueryTile::kMaxRows;
+    do {
+      q_tiles = ceil_div(s.S_q, rows);
+      queries = std::min(s.S_q, ceil_div(ceil_div(s.S_q, q_tiles), kBlockRows) * kBlockRows);
+      q_tiles = ceil_div(s.S_q, queries);
+      heads = std::clamp<int64_t>(rows / queries, 1, s.group());
+      head_tiles = ceil_div(s.group(), heads);
+      tasks = s.B * s.H_kv * head_tiles * q_tiles;
+      rows /= 2;
+    } while (tasks < enough_tasks && rows >= kFewestRows);
   }
+
+ private:
+  static constexpr int64_t kBlockRows = 12;  // of the widest kernel, a multiple of the others'
+  static constexpr int64_t kFewestRows = 48;
 };
 
 class Forward {

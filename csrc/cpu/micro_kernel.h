@@ -65,19 +65,13 @@ void multiply_queries_keys(Real* scores, const Real* q, const Real* k, int64_t D
 }
 
 // out[row] = alpha[row] * out[row] + sum over `keys` of p[row][key] * v[key], for kVecs vectors of
-// every row; p has rows of kStride numbers.
+// every row; p has rows of kStride numbers. The tile is summed apart from what came before, so that
+// rounding errors grow with the number of tiles, not of keys.
 template <class Simd, int kRows, int kVecs, int kStride, class Real>
 void add_values(Real* out, int64_t out_stride, const Real* alpha, const Real* p, const Real* v,
                 int64_t v_stride, int keys) {
   using Vec = typename Simd::Vec;
-  Vec sum[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i) {
-      sum[row][i] = Simd::load(out + row * out_stride + i * Simd::kLanes) * Simd::splat(alpha[row]);
-    }
-  }
+  Vec sum[kRows][kVecs] = {};
   for (int key = 0; key < keys; ++key, v += v_stride) {
     Vec value[kVecs];
 #pragma GCC unroll 16
@@ -93,7 +87,8 @@ void add_values(Real* out, int64_t out_stride, const Real* alpha, const Real* p,
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 16
     for (int i = 0; i < kVecs; ++i) {
-      Simd::store(sum[row][i], out + row * out_stride + i * Simd::kLanes);
+      Real* o = out + row * out_stride + i * Simd::kLanes;
+      Simd::store(Simd::load(o) * Simd::splat(alpha[row]) + sum[row][i], o);
     }
   }
 }

@@ -29,7 +29,7 @@ namespace online_attention::cpu {
 
 // One task: query rows, of one head or of several that share a kv head, against their keys.
 struct QueryTile {
-  static constexpr int kMaxRows = 128;
+  static constexpr int kMaxRows = 192;
 
   int rows = 0;
   const void* q[kMaxRows];     // [rows][D]
