@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is timed: one `Case` is one attention problem, a suite is a list of them.
+
+Shapes are written B, H, H_kv, S_q, S_kv, D, D_v throughout, as in the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+PASSES = ("forward", "backward", "forward_backward")
+DTYPES = ("fp64", "fp32", "bf16", "fp16")
+ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+
+# The grid keeps the work comparable from row to row: the same number of tokens and the same
+# model width, so that a longer sequence means fewer of them and a larger head fewer heads.
+GRID_TOKENS = 16384
+GRID_WIDTH = 2048
+GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+MASKS = (False, True)
+
+SHAPE_FIELDS = "B,H,H_kv,S_q,S_kv,D,D_v"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; `family` names the group of rows it belongs to."""
+
+    family: str
+    batch: int
+    heads: int
+    heads_kv: int
+    s_q: int
+    s_kv: int
+    d: int
+    d_v: int
+    causal: bool
+
+    @property
+    def shape(self) -> str:
+        """B, H (and H_kv when it differs), S_q (and S_kv when it differs), short for a table."""
+        heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}/{self.heads_kv}"
+        length = f"{self.s_q}" if self.s_q == self.s_kv else f"{self.s_q}/{self.s_kv}"
+        return f"{self.batch} x {heads} x {length}"
+
+    @property
+    def head_dim(self) -> str:
+        """D, or D, D_v where they differ."""
+        return f"{self.d}" if self.d == self.d_v else f"{self.d}, {self.d_v}"
+
+    @property
+    def mask(self) -> str:
+        return "causal" if self.causal else "full"
+
+    @property
+    def label(self) -> str:
+        return f"{self.shape}, D {self.head_dim}, {self.mask}"
+
+    @property
+    def masks_agree(self) -> bool:
+        """Whether SDPA's `is_causal` means our `causal`.
+
+        Ours is aligned to the bottom right, SDPA's to the top left: the same only for S_q == S_kv.
+        """
+        return not self.causal or self.s_q == self.s_kv
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def _square(family: str, batch: int, heads: int, length: int, d: int, causal: bool) -> Case:
+    return Case(family, batch, heads, heads, length, length, d, d, causal)
+
+
+def grid(head_dims: tuple[int, ...], lengths: tuple[int, ...]) -> list[Case]:
+    """Rows of the forward grid: 16384 tokens, H * D = 2048."""
+    return [
+        _square("grid", GRID_TOKENS // length, GRID_WIDTH // d, length, d, causal)
+        for d in head_dims
+        for causal in MASKS
+        for length in lengths
+    ]
+
+
+def quick(device_type: str) -> list[Case]:
+    """A cross-section: seconds on two CPU cores, about a minute on a GPU."""
+    if device_type == "cuda":
+        model = Case("llama_gqa", 1, 64, 8, 8192, 8192, 128, 128, True)
+        small = _square("small", 1, 8, 1024, 128, True)
+        return [*grid((64, 128, 256), (1024, 4096, 16384)), model, small]
+    return [
+        _square("cpu", 1, 4, length, d, causal)
+        for d in (64, 128)
+        for causal in MASKS
+        for length in (128, 512, 1024)
+    ]
+
+
+def forward(device_type: str) -> list[Case]:
+    return grid((64, 128, 256), GRID_LENGTHS)
+
+
+def shapes(device_type: str) -> list[Case]:
+    """What the grid leaves out: grouped heads, little work, and head sizes off the powers of 2."""
+    cases = [
+        Case("llama_gqa", 1, 64, 8, length, length, 128, 128, causal)
+        for length in (8192, 32768)
+        for causal in MASKS
+    ]
+    cases += [
+        _square("small", 1, 8, length, d, causal)
+        for d in (64, 128)
+        for length in (1024, 2048, 4096)
+        for causal in MASKS
+    ]
+    cases += [
+        Case("dims", 4, 16, 16, 4096, 4096, d, d_v, causal)
+        for d, d_v in ((80, 80), (96, 96), (192, 192), (192, 128))
+        for causal in MASKS
+    ]
+    cases.append(_square("gpt_block", 8, 16, 2048, 128, True))
+    return cases
+
+
+def fp32(device_type: str) -> list[Case]:
+    return [
+        _square("fp32", 4, GRID_WIDTH // d, 4096, d, causal) for d in (64, 128) for causal in MASKS
+    ]
+
+
+def cpu(device_type: str) -> list[Case]:
+    """Lengths 128 to 8192 with 1 to 32 heads; the longer, the fewer, to end within minutes.
+
+    The rows with one head show whether the work of a single head reaches every core.
+    """
+    heads_and_lengths = (
+        (1, 128),
+        (32, 128),
+        (32, 256),
+        (32, 512),
+        (1, 1024),
+        (16, 1024),
+        (8, 2048),
+        (4, 4096),
+        (1, 8192),
+        (2, 8192),
+    )
+    return [
+        _square("cpu", 1, heads, length, d, causal)
+        for d in (64, 128)
+        for causal in MASKS
+        for heads, length in heads_and_lengths
+    ]
+
+
+def host(device_type: str) -> list[Case]:
+    """Calls so small that the time is the host's: argument checks, dispatch, allocation."""
+    return [_square("host", 1, 4, 16, 64, causal) for causal in MASKS]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of cases, with the dtypes it is meant for on each kind of device."""
+
+    name: str
+    cases: Callable[[str], list[Case]]
+    gpu_dtypes: tuple[str, ...] = ("bf16",)
+    cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
+    measures_host_time: bool = False
+
+    def dtypes(self, device_type: str) -> tuple[str, ...]:
+        return self.gpu_dtypes if device_type == "cuda" else self.cpu_dtypes
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("quick", quick),
+        Suite("forward", forward),
+        Suite("shapes", shapes),
+        Suite("fp32", fp32, gpu_dtypes=("fp32",), cpu_dtypes=("fp32",)),
+        Suite("cpu", cpu, gpu_dtypes=("fp32", "bf16")),
+        Suite("host", host, cpu_dtypes=("fp32",), measures_host_time=True),
+    )
+}
+
+
+def custom(shapes_given: list[str]) -> list[Case]:
+    """The cases of `--shapes`; raises ValueError with a sentence for one that cannot be."""
+    return [parse_shape(text, causal) for text in shapes_given for causal in MASKS]
+
+
+def parse_shape(text: str, causal: bool) -> Case:
+    """One Case from "B,H,H_kv,S_q,S_kv,D,D_v"."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 7 or min(numbers) < 1:
+        raise ValueError(
+            f"--shapes expects seven positive integers {SHAPE_FIELDS}, got {text!r}; "
+            "for example --shapes 1,8,8,1024,1024,64,64"
+        )
+    batch, heads, heads_kv, s_q, s_kv, d, d_v = numbers
+    case = Case("custom", batch, heads, heads_kv, s_q, s_kv, d, d_v, causal)
+    if case.heads % case.heads_kv != 0:
+        raise ValueError(
+            f"--shapes {text}: H must be a multiple of H_kv, "
+            f"got H = {case.heads} and H_kv = {case.heads_kv}"
+        )
+    return case

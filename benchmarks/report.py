@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Writes the performance tables of README.md from result files, between two markers.
+
+    python benchmarks/report.py h100_forward_bf16.json ...   # names in benchmarks/results/
+    python benchmarks/report.py                              # again, from the same files
+    python benchmarks/report.py --check                      # is README.md up to date?
+
+The begin marker keeps the names of the files, so that other results on a disk change nothing:
+`<!-- benchmark:begin h100_forward_bf16.json -->` ... `<!-- benchmark:end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from _metrics import geometric_mean, group_of
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+MARKED = re.compile(
+    r"<!-- benchmark:begin(?P<names>[^>]*?)\s*-->\n.*?(?=<!-- benchmark:end -->)",
+    re.DOTALL,
+)
+UP_TO_DATE, OUT_OF_DATE, USAGE = 0, 1, 2
+
+Row = dict[str, Any]
+Report = dict[str, Any]
+
+
+def fastest_peer(row: Row, baselines: list[str]) -> tuple[str, float] | None:
+    """The baseline with the shortest median time in the same run, and that time in ms."""
+    found = [
+        (row["results"][name]["median_ms"], name)
+        for name in baselines
+        if name in row["results"] and not name.startswith("ours")
+    ]
+    return (min(found)[1], min(found)[0]) if found else None
+
+
+def peer_ratio(row: Row, baselines: list[str]) -> float | None:
+    """The fastest peer's time over ours: above 1 where ours is the fastest."""
+    peer = fastest_peer(row, baselines)
+    ours = row["results"].get("ours")
+    return peer[1] / ours["median_ms"] if peer and ours else None
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _cell(row: Row | None, report: Report) -> str:
+    """Ours, and in brackets its ratio to the fastest peer, bold from 1 on."""
+    if row is None:
+        return "–"
+    if row["status"] != "ok" or "ours" not in row["results"]:
+        return row["status"] if row["status"] != "ok" else "–"
+    ours = row["results"]["ours"]
+    if report["settings"]["host_time"]:
+        own = f"{ours['median_ms'] * 1e3:.1f}"
+    else:
+        own = _figure(ours["tflops"])
+    relative = peer_ratio(row, report["baselines"])
+    if relative is None:
+        return own
+    # Rounded first: a cell that reads 1.00 must not be bold or not by its hidden digits.
+    text = f"{relative:.2f}×"
+    return f"{own} (**{text}**)" if round(relative, 2) >= 1 else f"{own} ({text})"
+
+
+def _mean_text(rows: list[Row], report: Report) -> str:
+    ratios = [r for r in (peer_ratio(row, report["baselines"]) for row in rows) if r is not None]
+    return f"{geometric_mean(ratios):.2f}×" if ratios else "–"
+
+
+def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(cells)} |"
+        for cells in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *lines)
+    ]
+
+
+def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
+
+
+def _tables(report: Report) -> list[str]:
+    """A line per (D, mask) with a column per length if that is what varies, else one per case."""
+    groups = _groups(report["rows"])
+    lengths = sorted({row["case"]["s_kv"] for row in report["rows"]})
+    by_length = len(lengths) > 1 and all(
+        len(rows) == len({row["case"]["s_kv"] for row in rows}) for rows in groups.values()
+    )
+    by_length = by_length and len({row["case"]["family"] for row in report["rows"]}) == 1
+    if by_length:
+        header = ["D", "mask", *(f"S {length}" for length in lengths), "geometric mean"]
+        lines = []
+        for group, rows in groups.items():
+            at = {row["case"]["s_kv"]: row for row in rows}
+            cells = [_cell(at.get(length), report) for length in lengths]
+            lines.append([*group, *cells, _mean_text(rows, report)])
+        return _table(header, lines)
+    header = ["case", "D, mask", "ours", "fastest peer"]
+    lines = []
+    for row in report["rows"]:
+        peer = fastest_peer(row, report["baselines"])
+        name = f"{row['case']['family']} {row['shape'].replace(' x ', '×')}"
+        lines.append([name, ", ".join(group_of(row)), _cell(row, report), peer[0] if peer else "–"])
+    return _table(header, lines)
+
+
+def _heading(report: Report) -> str:
+    environment = report["environment"]
+    commit = (environment["commit"] or "unknown")[:10]
+    words = [
+        f"**{environment['device']}, {report['dtype']}, suite `{report['suite']}`**",
+        f"torch {environment['torch']}",
+    ]
+    if environment["driver"]:
+        words.append(f"driver {environment['driver']}")
+    if environment["device_type"] == "cpu":
+        words.append(f"{environment['threads']} threads")
+    state = f"{commit} with changes" if environment["dirty"] else commit
+    words += [f"commit {state}", environment["date"][:10]]
+    return ", ".join(words) + "."
+
+
+def markdown(reports: list[Report]) -> str:
+    """The text between the markers; the same files always give the same text."""
+    if not reports:
+        return "No results have been recorded yet.\n"
+    parts = []
+    for report in reports:
+        unit = "Microseconds of host time" if report["settings"]["host_time"] else "TFLOP/s"
+        peers = ", ".join(name for name in report["baselines"] if not name.startswith("ours"))
+        parts.append(
+            f"{_heading(report)}\n"
+            f"{unit} of ours; in brackets the speed relative to the fastest of {peers or 'none'} "
+            "in the same run.\n"
+        )
+        parts.append("\n".join(_tables(report)) + "\n")
+        parts.append(f"Reproduce: `{report['environment']['command']}`\n")
+    return "\n".join(parts)
+
+
+def load(path: Path) -> Report:
+    report: Report = json.loads(path.read_text())
+    if report.get("schema") != 1 or report.get("check_only"):
+        raise ValueError(f"{path.name} holds no timings that this script knows")
+    return report
+
+
+def rewritten(readme: str, names: list[str] | None, results: Path) -> str:
+    """README's text with a new table; `names` None keeps the files that the marker names."""
+    found = MARKED.search(readme)
+    if found is None:
+        raise ValueError(
+            "the README has no <!-- benchmark:begin --> and <!-- benchmark:end --> on lines of "
+            "their own; add them where the table belongs"
+        )
+    names = found["names"].split() if names is None else names
+    reports = [load(results / name) for name in names]
+    marker = " ".join(["<!-- benchmark:begin", *names, "-->"])
+    new = f"{marker}\n{markdown(reports)}"
+    return readme[: found.start()] + new + readme[found.end() :]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/report.py", description="README's tables.")
+    parser.add_argument("names", nargs="*", help="result files (default: those already there)")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
+    arguments = parser.parse_args(argv)
+    # A path is as good as a name: results are looked up by name in one folder.
+    names = [Path(name).name for name in arguments.names] or None
+    try:
+        old = arguments.readme.read_text()
+        new = rewritten(old, names, arguments.results)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    if arguments.check:
+        if new != old:
+            print("README.md is out of date; run: python benchmarks/report.py", file=sys.stderr)
+            return OUT_OF_DATE
+        return UP_TO_DATE
+    arguments.readme.write_text(new)
+    return UP_TO_DATE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
