@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The built file: loads with every torch from 2.11 on, with or without CUDA, and holds no path."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+
+import elf
+import ptxas
+from online_attention import _C
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BUILD = REPOSITORY / "build"
+LIBRARY = Path(_C.__file__)
+
+LIBRARIES = {
+    "libtorch.so",
+    "libtorch_cpu.so",
+    "libstdc++.so.6",
+    "libgcc_s.so.1",
+    "libc.so.6",
+    "libm.so.6",
+    "ld-linux-x86-64.so.2",
+    "ld-linux-aarch64.so.1",
+}
+# Functions of torch's stable ABI that torch 2.11 has. A new one goes in only after a look at the
+# versions torch documents for it.
+SHIMS = {
+    "aoti_torch_abi_version",
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
+    "aoti_torch_delete_library_object",
+    "aoti_torch_delete_tensor_object",
+    "aoti_torch_device_type_cuda",
+    "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_float16",
+    "aoti_torch_dtype_float32",
+    "aoti_torch_dtype_float64",
+    "aoti_torch_dtype_uint8",
+    "aoti_torch_empty_strided",
+    "aoti_torch_get_current_cuda_stream",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_device_index",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_layout",
+    "aoti_torch_get_size",
+    "aoti_torch_get_stride",
+    "aoti_torch_is_defined",
+    "aoti_torch_layout_strided",
+    "aoti_torch_library_def",
+    "aoti_torch_library_init_def",
+    "aoti_torch_library_init_impl",
+    "aoti_torch_memory_format_contiguous_format",
+    "aoti_torch_new_tensor_handle",
+    "torch_call_dispatcher",
+    "torch_library_impl",
+    "torch_parallel_for",
+}
+# Functions of Python's limited API, version 3.10.
+PYTHON = {
+    "PyBool_FromLong",
+    "PyErr_Format",
+    "PyErr_SetString",
+    "PyExc_ValueError",
+    "PyList_Append",
+    "PyList_New",
+    "PyModuleDef_Init",
+    "PyUnicode_FromString",
+    "_PyArg_ParseTuple_SizeT",
+    "_Py_BuildValue_SizeT",
+    "_Py_Dealloc",
+}
+# Kernels that may use local memory, by a part of their names, with the reason.
+LOCAL_MEMORY_ALLOWED: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def library() -> elf.SharedLibrary:
+    return elf.read(LIBRARY)
+
+
+@pytest.fixture(scope="module")
+def log() -> str:
+    text = ptxas.read_log(BUILD)
+    if text is None:
+        pytest.skip("no CUDA kernel was compiled in this checkout")
+    return text
+
+
+def test_needs_torch_and_the_c_library_alone(library: elf.SharedLibrary):
+    assert set(library.needed) <= LIBRARIES
+    # libtorch.so is the shell that pulls in the CUDA part of a torch that has one.
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(library.needed)
+    assert library.rpath == []
+
+
+def test_calls_what_torch_2_11_has(library: elf.SharedLibrary):
+    shims = {name for name in library.undefined if re.match(r"(aoti_)?torch_", name)}
+    assert shims <= SHIMS
+    unstable = [name for name in library.undefined if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
+    assert unstable == []
+
+
+def test_loads_without_cuda(library: elf.SharedLibrary):
+    assert library.undefined["aoti_torch_get_current_cuda_stream"], "must be weak"
+    cuda = {name for name in library.undefined if re.match(r"cuda[A-Z]|cu[A-Z]|__cuda", name)}
+    assert cuda == set()
+
+
+def test_calls_the_limited_api_of_python(library: elf.SharedLibrary):
+    assert {name for name in library.undefined if re.match(r"_?Py", name)} <= PYTHON
+
+
+def test_exports_the_module(library: elf.SharedLibrary):
+    assert "PyInit__C" in library.exported
+    ours = {name for name in library.exported if "online_attention" in name}
+    assert ours == set()
+
+
+def test_file_and_wheel_are_for_every_python():
+    assert LIBRARY.name == "_C.abi3.so"
+    wheel = importlib.metadata.distribution("online-attention").read_text("WHEEL")
+    assert wheel is not None
+    assert re.search(r"^Tag: cp310-abi3-linux", wheel, re.MULTILINE)
+
+
+def test_holds_no_path_of_the_build_machine():
+    data = LIBRARY.read_bytes()
+    for path in (str(REPOSITORY), str(Path.home()), "site-packages", "/pip-"):
+        assert path.encode() not in data
+
+
+def test_is_small():
+    assert LIBRARY.stat().st_size < 10e6
+
+
+def test_kernels_stay_in_registers(log: str):
+    spilling = [
+        function
+        for function in ptxas.functions(log)
+        if function.stack_frame or function.spill_stores or function.spill_loads
+        if not any(part in function.name for part in LOCAL_MEMORY_ALLOWED)
+    ]
+    assert spilling == []
+
+
+def test_ptxas_has_no_warning(log: str):
+    assert ptxas.warnings(log) == []
+
+
+def test_the_log_is_understood():
+    old = "[1/2] nvcc -c a.cu -o x/a.cu.o\nptxas info    : Function properties for f\n"
+    old += "    8 bytes stack frame, 4 bytes spill stores, 2 bytes spill loads\n"
+    new = old.replace(" 8 bytes", " 0 bytes").replace(" 4 ", " 0 ").replace(" 2 bytes", " 0 bytes")
+    assert ptxas.functions(old) == [ptxas.Function("x/a.cu.o", "f", 8, 4, 2)]
+    assert ptxas.functions(old + new) == [ptxas.Function("x/a.cu.o", "f", 0, 0, 0)]
+    assert ptxas.warnings(old + "ptxas info: (C7510) wgmma is serialized due to ...\n") != []
