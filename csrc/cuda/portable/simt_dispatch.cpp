@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Plans a call of the SIMT runner and sends it to the kernel compiled for its dtype and D_v.
+#include "cuda/combine.h"
+#include "cuda/portable/forward.h"
+#include "cuda/portable/simt_forward.h"
+
+struct __half;
+struct __nv_bfloat16;
+
+namespace online_attention::cuda::portable {
+namespace {
+
+struct Kernel {
+  int64_t columns;  // of D_v that one block computes
+  TileShape (*tile)();
+  Status (*launch)(const ForwardArgs&, const TilePlan&, const Launch&);
+};
+
+template <typename Element, int kOutColumns>
+constexpr Kernel kernel() {
+  return {kOutColumns, simt_tile<Element, kOutColumns>, launch_simt<Element, kOutColumns>};
+}
+
+Kernel kernel_of(const ForwardArgs& args) {
+  switch (args.dtype) {
+    case DType::f16:
+      return kernel<__half, 128>();
+    case DType::bf16:
+      return kernel<__nv_bfloat16, 128>();
+    case DType::f32:
+      return args.shape.D_v <= 64 ? kernel<float, 64>() : kernel<float, 128>();
+    case DType::f64:
+      break;
+  }
+  return kernel<double, 64>();
+}
+
+TilePlan plan_for(const ForwardArgs& args, const Device& device) {
+  const Kernel kernel = kernel_of(args);
+  TileShape tile = kernel.tile();
+  tile.columns = static_cast<int32_t>(ceil_div(args.shape.D_v, kernel.columns));
+  return plan_tiles(args, tile, device.multiprocessors);
+}
+
+template <typename Real>
+Status combine_splits(const ForwardArgs& args, const TilePlan& plan, const Launch& launch) {
+  return combine(args, plan, SplitBuffers<Real>::in(launch.workspace, plan, args.shape),
+                 launch.stream);
+}
+
+}  // namespace
+
+int64_t simt_workspace_bytes(const ForwardArgs& args, const Device& device) {
+  const TilePlan plan = plan_for(args, device);
+  return args.dtype == DType::f64 ? SplitBuffers<double>::bytes(plan, args.shape)
+                                  : SplitBuffers<float>::bytes(plan, args.shape);
+}
+
+Status simt_forward(const ForwardArgs& args, const Launch& launch) {
+  const TilePlan plan = plan_for(args, launch.device);
+  const Status status = kernel_of(args).launch(args, plan, launch);
+  if (status != kOk || plan.splits == 1) return status;
+  return args.dtype == DType::f64 ? combine_splits<double>(args, plan, launch)
+                                  : combine_splits<float>(args, plan, launch);
+}
+
+}  // namespace online_attention::cuda::portable

@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Forward attention in ordinary multiply-adds: fp32 and fp64 in full precision, and 16-bit types
+// where the tensor-core kernel does not reach. Any D and D_v.
+//
+// A block of 128 threads computes 64 query rows and kColumns of the D_v output columns over a range
+// of keys; larger D_v take several blocks, each with the scores computed again. Threads form an
+// 8 x 16 grid: thread (ty, tx) holds rows ty + 8i, score columns tx + 16j, and output columns in
+// groups of kVector at tx * kVector + 16 * kVector * j. Q and K stream through shared memory in
+// slices of D, V in slices of keys, each loaded while the one before is multiplied. Probabilities
+// go through shared memory from the score layout to the output layout.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "core/softmax_row.h"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/special.cuh"
+#include "cuda/tile_plan.h"
+
+namespace online_attention::cuda::portable {
+
+template <typename Element>
+struct SimtTraits {
+  using Real = float;
+};
+template <>
+struct SimtTraits<double> {
+  using Real = double;
+};
+
+// Tile constants for an accumulator type and a number of output columns.
+template <typename Real, int kOutColumns>
+struct SimtConfig {
+  static constexpr int kThreadsX = 16, kThreadsY = 8;
+  static constexpr int kThreads = kThreadsX * kThreadsY;
+  static constexpr int kVector = 16 / sizeof(Real);  // elements of one shared-memory access
+  static constexpr int kTileM = 64;
+  static constexpr int kTileN = sizeof(Real) == 4 ? 64 : 32;
+  static constexpr int kSliceD = 128 / sizeof(Real);  // columns of Q and K in one slice
+  static constexpr int kSliceN = 16;                  // keys of V in one slice
+  static constexpr int kColumns = kOutColumns;
+  static constexpr int kRows = kTileM / kThreadsY;    // per thread
+  static constexpr int kScores = kTileN / kThreadsX;  // per thread and row
+  static constexpr int kOuts = kColumns / kThreadsX;  // per thread and row
+  // Rows are one vector longer than their content, so that a column of vectors meets all banks.
+  static constexpr int kPitchD = kSliceD + kVector;
+  static constexpr int kPitchP = kTileN + kVector;
+  static constexpr int kSliceElements = (kTileM + kTileN) * kPitchD > kSliceN* kColumns
+                                            ? (kTileM + kTileN) * kPitchD
+                                            : kSliceN * kColumns;
+  static constexpr int kSmemBytes =
+      (2 * kSliceElements + kTileM * kPitchP) * static_cast<int>(sizeof(Real));
+  static_assert(kOuts % kVector == 0 && kTileN % kSliceN == 0);
+  static_assert(kSmemBytes <= 64 * 1024);  // Turing
+};
+
+template <typename Real>
+struct alignas(16) Vector {
+  Real e[16 / sizeof(Real)];
+};
+
+// Rows [first, first + kRows) of columns [column, column + kWidth) into shared memory with a pitch,
+// as Real; zeros outside `rows` and `length`. Asynchronous where no conversion is needed.
+template <typename Config, int kRows, int kWidth, int kPitch, typename Element, typename Real,
+          typename RowPointer>
+__device__ __forceinline__ void load_slice(Real* target, const RowPointer& row_pointer,
+                                           int32_t first, int32_t rows, int64_t column,
+                                           int64_t length, bool aligned) {
+  if constexpr (sizeof(Element) == sizeof(Real)) {
+    const uint32_t base = ptx::shared_address(target);
+    if (aligned) {
+      constexpr int kAcross = kWidth / Config::kVector;
+#pragma unroll 4
+      for (int i = threadIdx.x; i < kRows * kAcross; i += Config::kThreads) {
+        const int row = i / kAcross, x = i % kAcross * Config::kVector;
+        const bool exists = first + row < rows && column + x < length;
+        const Element* source = exists ? row_pointer(first + row) + column + x : row_pointer(0);
+        ptx::cp_async<16>(base + (row * kPitch + x) * sizeof(Real), source, exists);
+      }
+      return;
+    }
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kRows * kWidth; i += Config::kThreads) {
+      const int row = i / kWidth, x = i % kWidth;
+      const bool exists = first + row < rows && column + x < length;
+      const Element* source = exists ? row_pointer(first + row) + column + x : row_pointer(0);
+      ptx::cp_async<sizeof(Real)>(base + (row * kPitch + x) * sizeof(Real), source, exists);
+    }
+  } else {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kRows * kWidth; i += Config::kThreads) {
+      const int row = i / kWidth, x = i % kWidth;
+      const bool exists = first + row < rows && column + x < length;
+      target[row * kPitch + x] =
+          exists ? static_cast<Real>(row_pointer(first + row)[column + x]) : Real(0);
+    }
+  }
+}
+
+// One thread's part of the block, and the slices it works from.
+template <typename Element, int kOutColumns>
+struct SimtBlock {
+  using Real = typename SimtTraits<Element>::Real;
+  using Config = SimtConfig<Real, kOutColumns>;
+  static constexpr int kRows = Config::kRows, kScores = Config::kScores, kOuts = Config::kOuts;
+  static constexpr int kVector = Config::kVector;
+
+  const ForwardArgs& args;
+  const TilePlan& plan;
+  TileCoord at;
+  Real* slices;         // two of kSliceElements
+  Real* probabilities;  // [kTileM][kPitchP]
+  const Element *q, *k, *v;
+  bool aligned;
+  int tx, ty;
+
+  Real scores[kRows][kScores];
+  Real out[kRows][kOuts] = {};
+  SoftmaxRow<Real> softmax[kRows];
+
+  __device__ __forceinline__ SimtBlock(const ForwardArgs& args, const TilePlan& plan, Real* smem,
+                                       bool aligned)
+      : args(args),
+        plan(plan),
+        at(plan.locate(ptx::block_index())),
+        slices(smem),
+        probabilities(smem + 2 * Config::kSliceElements),
+        aligned(aligned),
+        tx(threadIdx.x % Config::kThreadsX),
+        ty(threadIdx.x / Config::kThreadsX) {
+    const int32_t h_kv = at.h / plan.group;
+    q = args.q.row<const Element>(at.b, at.h, 0);
+    k = args.k.row<const Element>(at.b, h_kv, 0);
+    v = args.v.row<const Element>(at.b, h_kv, 0);
+  }
+
+  __device__ __forceinline__ int32_t packed_row(int i) const {
+    return at.q_tile * Config::kTileM + ty + Config::kThreadsY * i;
+  }
+  __device__ __forceinline__ int32_t query(int i) const { return plan.query_of(packed_row(i)); }
+  __device__ __forceinline__ int64_t first_column() const {
+    return int64_t{at.column} * Config::kColumns;
+  }
+
+  // Columns [d, d + kSliceD) of the block's queries, and of the keys from `kv` on behind them.
+  __device__ __forceinline__ void load_qk(int buffer, int32_t kv, int64_t d) const {
+    Real* q_slice = slices + buffer * Config::kSliceElements;
+    const auto q_row = [&](int32_t row) {
+      const int32_t q_idx = plan.query_of(row);
+      return q + q_idx * args.q.stride_s + (row - q_idx * plan.pack) * args.q.stride_h;
+    };
+    const auto k_row = [&](int32_t row) { return k + row * args.k.stride_s; };
+    load_slice<Config, Config::kTileM, Config::kSliceD, Config::kPitchD, Element>(
+        q_slice, q_row, at.q_tile * Config::kTileM, plan.rows, d, args.shape.D, aligned);
+    load_slice<Config, Config::kTileN, Config::kSliceD, Config::kPitchD, Element>(
+        q_slice + Config::kTileM * Config::kPitchD, k_row, kv,
+        static_cast<int32_t>(args.shape.S_kv), d, args.shape.D, aligned);
+    ptx::cp_async_commit();
+  }
+  // The block's columns of kSliceN values from key `kv` on.
+  __device__ __forceinline__ void load_v(int buffer, int32_t kv) const {
+    const auto v_row = [&](int32_t row) { return v + row * args.v.stride_s; };
+    load_slice<Config, Config::kSliceN, Config::kColumns, Config::kColumns, Element>(
+        slices + buffer * Config::kSliceElements, v_row, kv, static_cast<int32_t>(args.shape.S_kv),
+        first_column(), args.shape.D_v, aligned);
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ void clear_scores() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) scores[i][j] = 0;
+    }
+  }
+
+  // scores += Q K^T over one slice of D
+  __device__ __forceinline__ void multiply_qk(int buffer) {
+    const Real* q_slice = slices + buffer * Config::kSliceElements + ty * Config::kPitchD;
+    const Real* k_slice =
+        slices + buffer * Config::kSliceElements + (Config::kTileM + tx) * Config::kPitchD;
+#pragma unroll 1
+    for (int d = 0; d < Config::kSliceD; d += kVector) {
+      Vector<Real> q_part[kRows], k_part[kScores];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        q_part[i] = *reinterpret_cast<const Vector<Real>*>(
+            q_slice + i * Config::kThreadsY * Config::kPitchD + d);
+      }
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) {
+        k_part[j] = *reinterpret_cast<const Vector<Real>*>(
+            k_slice + j * Config::kThreadsX * Config::kPitchD + d);
+      }
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < kScores; ++j) scores[i][j] += q_part[i].e[e] * k_part[j].e[e];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void scale_scores(Real sign) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) scores[i][j] *= sign;
+    }
+  }
+
+  // Hides what the mask hides: those scores become -inf, whatever they were.
+  __device__ __forceinline__ void hide(int32_t kv) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int32_t q_idx = query(i);
+      const KvRange seen = args.mask.kv_range(q_idx, q_idx + 1);
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) {
+        const int32_t kv_idx = kv + tx + Config::kThreadsX * j;
+        if (kv_idx < seen.begin || kv_idx >= seen.end) scores[i][j] = -kInfinity<Real>;
+      }
+    }
+  }
+
+  // (E6)-(E8), as in the tensor-core kernel; the probabilities move to shared memory. A row's sum
+  // stays spread over the 16 threads that share the row.
+  __device__ __forceinline__ void update_softmax() {
+    const Real scale_log2 = static_cast<Real>(args.scale.log2);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      Real tile_max = -kInfinity<Real>;
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) tile_max = max_of(tile_max, scores[i][j]);
+#pragma unroll
+      for (int lane = 1; lane < Config::kThreadsX; lane *= 2) {
+        tile_max = max_of(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, lane));
+      }
+      const Real alpha = softmax[i].raise(tile_max * scale_log2);
+      Real tile_sum = 0;
+      Real* p_row = probabilities + (ty + Config::kThreadsY * i) * Config::kPitchP + tx;
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) {
+        const Real p = softmax[i].weight(scores[i][j] * scale_log2);
+        p_row[Config::kThreadsX * j] = p;
+        tile_sum += p;
+      }
+      softmax[i].absorb(alpha, tile_sum);
+#pragma unroll
+      for (int j = 0; j < kOuts; ++j) out[i][j] *= alpha;
+    }
+  }
+
+  // out += P V over one slice of keys; `slice_begin` counts from the tile's first key. With kExact,
+  // hidden pairs are left out one by one: for V with Inf or NaN, where 0 * V is not 0.
+  template <bool kExact>
+  __device__ __forceinline__ void multiply_pv(int buffer, int slice_begin, int32_t kv) {
+    const Real* p_slice = probabilities + ty * Config::kPitchP + slice_begin;
+    const Real* v_slice = slices + buffer * Config::kSliceElements + tx * kVector;
+#pragma unroll 1
+    for (int n = 0; n < Config::kSliceN; n += kVector) {
+      Vector<Real> p[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        p[i] = *reinterpret_cast<const Vector<Real>*>(p_slice +
+                                                      i * Config::kThreadsY * Config::kPitchP + n);
+      }
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+#pragma unroll
+        for (int j = 0; j < kOuts; j += kVector) {
+          const auto values = *reinterpret_cast<const Vector<Real>*>(
+              v_slice + (n + e) * Config::kColumns + j * Config::kThreadsX);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            if (kExact && !args.mask.visible(query(i), kv + slice_begin + n + e)) continue;
+#pragma unroll
+            for (int x = 0; x < kVector; ++x) out[i][j + x] += p[i].e[e] * values.e[x];
+          }
+        }
+      }
+    }
+  }
+
+  // Whether the V slice holds Inf or NaN. All threads.
+  __device__ __forceinline__ bool has_nonfinite(int buffer) const {
+    const Real* v_slice = slices + buffer * Config::kSliceElements;
+    bool found = false;
+    for (int i = threadIdx.x; i < Config::kSliceN * Config::kColumns; i += Config::kThreads) {
+      found |= !isfinite(v_slice[i]);
+    }
+    return __syncthreads_or(found) != 0;
+  }
+
+  // (E9): completes the row sums over the threads that share a row and normalises the outputs.
+  __device__ __forceinline__ void normalise() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int lane = 1; lane < Config::kThreadsX; lane *= 2) {
+        softmax[i].l += __shfl_xor_sync(0xffffffffu, softmax[i].l, lane);
+      }
+      const Real inverse_sum = softmax[i].inverse_sum();
+#pragma unroll
+      for (int j = 0; j < kOuts; ++j) out[i][j] *= inverse_sum;
+    }
+  }
+
+  // Column of output register j among the D_v.
+  __device__ __forceinline__ int64_t out_column(int j) const {
+    return first_column() + j / kVector * kVector * Config::kThreadsX + tx * kVector + j % kVector;
+  }
+
+  __device__ __forceinline__ void store(const SplitBuffers<Real>& partial) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int32_t row = packed_row(i);
+      if (row >= plan.rows) continue;
+      const int32_t q_idx = plan.query_of(row);
+      const int32_t h = at.h + row - q_idx * plan.pack;
+      const int64_t lse_row = (int64_t{at.b} * args.shape.H + h) * args.shape.S_q + q_idx;
+      const bool writes_lse = tx == 0 && at.column == 0;
+      if (plan.splits > 1) {
+        const int64_t slot = at.split * partial.rows + lse_row;
+        if (writes_lse) partial.lse[slot] = softmax[i].lse();
+        store_row(partial.out + slot * args.shape.D_v, out[i]);
+      } else {
+        if (writes_lse) static_cast<Real*>(args.lse)[lse_row] = softmax[i].lse();  // (E10)
+        store_row(args.out.row<Element>(at.b, h, q_idx), out[i]);
+      }
+    }
+  }
+  template <typename Target>
+  __device__ __forceinline__ void store_row(Target* target, const Real (&row)[kOuts]) const {
+#pragma unroll
+    for (int j = 0; j < kOuts; ++j) {
+      if (out_column(j) < args.shape.D_v) target[out_column(j)] = static_cast<Target>(row[j]);
+    }
+  }
+};
+
+template <typename Element, int kOutColumns>
+__global__ void __launch_bounds__(128, (sizeof(Element) == 8 ? 2 : 3)) simt_forward_kernel(
+    const __grid_constant__ ForwardArgs args, const __grid_constant__ TilePlan plan,
+    const __grid_constant__ SplitBuffers<typename SimtTraits<Element>::Real> partial,
+    bool aligned) {
+  using Block = SimtBlock<Element, kOutColumns>;
+  using Real = typename Block::Real;
+  using Config = typename Block::Config;
+  extern __shared__ __align__(16) unsigned char smem[];
+  Block block(args, plan, reinterpret_cast<Real*>(smem), aligned);
+  const KvRange keys = plan.keys(args.mask, block.at);
+  const int32_t query_begin = plan.query_begin(block.at.q_tile);
+  const int32_t query_end = plan.query_end(block.at.q_tile);
+  const int64_t D = args.shape.D;
+
+  // Slices alternate between two buffers: the next is on its way while one is multiplied, and the
+  // barrier before each use also tells that the other buffer is free.
+  int buffer = 0;
+  const auto next_slice = [&] {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    buffer ^= 1;
+    return buffer ^ 1;  // the one that has arrived
+  };
+  if (keys.size() > 0) block.load_qk(buffer, keys.begin, 0);
+  for (int32_t kv = keys.begin; kv < keys.end; kv += Config::kTileN) {
+    block.clear_scores();
+    for (int64_t d = 0; d < D; d += Config::kSliceD) {
+      const int here = next_slice();
+      if (d + Config::kSliceD < D) {
+        block.load_qk(buffer, kv, d + Config::kSliceD);
+      } else {
+        block.load_v(buffer, kv);
+      }
+      block.multiply_qk(here);  // S = Q K^T
+    }
+    if (args.scale.sign != 1) block.scale_scores(static_cast<Real>(args.scale.sign));
+    const bool masked = args.mask.tile_needs_mask(query_begin, query_end, kv, kv + Config::kTileN);
+    if (masked) block.hide(kv);
+    block.update_softmax();  // (E6)-(E8)
+    for (int n = 0; n < Config::kTileN; n += Config::kSliceN) {
+      const int here = next_slice();
+      if (n + Config::kSliceN < Config::kTileN) {
+        block.load_v(buffer, kv + n + Config::kSliceN);
+      } else if (kv + Config::kTileN < keys.end) {
+        block.load_qk(buffer, kv + Config::kTileN, 0);
+      }
+      if (masked && block.has_nonfinite(here)) {
+        block.template multiply_pv<true>(here, n, kv);
+      } else {
+        block.template multiply_pv<false>(here, n, kv);  // O += P V
+      }
+    }
+  }
+  block.normalise();  // (E9)
+  block.store(partial);
+}
+
+}  // namespace online_attention::cuda::portable

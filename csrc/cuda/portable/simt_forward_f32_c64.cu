@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/portable/simt_launch.cuh"
+
+namespace online_attention::cuda::portable {
+
+template TileShape simt_tile<float, 64>();
+template Status launch_simt<float, 64>(const ForwardArgs&, const TilePlan&, const Launch&);
+
+}  // namespace online_attention::cuda::portable

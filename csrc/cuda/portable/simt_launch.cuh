@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The bodies of simt_tile and launch_simt, for the .cu files that instantiate them.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/portable/simt_forward.cuh"
+#include "cuda/portable/simt_forward.h"
+
+namespace online_attention::cuda::portable {
+
+template <typename Element, int kOutColumns>
+TileShape simt_tile() {
+  using Config = SimtConfig<typename SimtTraits<Element>::Real, kOutColumns>;
+  return {Config::kTileM, Config::kTileN, 1, 3};
+}
+
+template <typename Element, int kOutColumns>
+Status launch_simt(const ForwardArgs& args, const TilePlan& plan, const Launch& on) {
+  using Real = typename SimtTraits<Element>::Real;
+  using Config = SimtConfig<Real, kOutColumns>;
+  constexpr int64_t kBytes = sizeof(Element);
+  const bool aligned = args.shape.D * kBytes % 16 == 0 && args.shape.D_v * kBytes % 16 == 0 &&
+                       is_aligned_16(args.q, kBytes) && is_aligned_16(args.k, kBytes) &&
+                       is_aligned_16(args.v, kBytes);
+  const auto partial = SplitBuffers<Real>::in(on.workspace, plan, args.shape);
+  return launch(simt_forward_kernel<Element, kOutColumns>, plan.tiles(), Config::kThreads,
+                Config::kSmemBytes, on.stream, args, plan, partial, aligned);
+}
+
+}  // namespace online_attention::cuda::portable

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Forward attention of 16-bit types on tensor cores through mma.sync (FlashAttention-2, section 3).
+//
+// A block of `warps` warps computes tile_m query rows of one head (or of one group of heads, see
+// tile_plan.h) over a range of keys; each warp owns 16 * row_atoms rows from scores to output, so
+// rows never cross warps. Shared memory holds Q, one K tile and one V tile. While the block
+// multiplies Q K^T, V is on its way; during softmax and P V, the next K is.
+#pragma once
+
+#include "cuda/portable/warp_tile.cuh"
+#include "cuda/ptx/special.cuh"
+#include "cuda/tile_plan.h"
+
+namespace online_attention::cuda::portable {
+
+// The block's view of the call: what it reads and which rows it owns.
+template <typename Element, ForwardConfig kConfig>
+struct BlockContext {
+  const ForwardArgs& args;
+  const TilePlan& plan;
+  TileCoord at;
+  uint32_t q_smem, k_smem, v_smem;
+  RowSource<Element> q, k, v;
+
+  __device__ __forceinline__ BlockContext(const ForwardArgs& args, const TilePlan& plan,
+                                          uint32_t smem, bool aligned)
+      : args(args), plan(plan), at(plan.locate(ptx::block_index())) {
+    constexpr int kRowBytes = kConfig.head_dim * 2;
+    q_smem = smem;
+    k_smem = q_smem + kConfig.tile_m() * kRowBytes;
+    v_smem = k_smem + kConfig.tile_n * kRowBytes;
+    q = rows_of(args.q, at.h, plan.pack, plan.rows, args.shape.D, aligned);
+    const int32_t h_kv = at.h / plan.group;
+    k = rows_of(args.k, h_kv, 1, args.shape.S_kv, args.shape.D, aligned);
+    v = rows_of(args.v, h_kv, 1, args.shape.S_kv, args.shape.D_v, aligned);
+  }
+
+  __device__ __forceinline__ RowSource<Element> rows_of(const View& view, int64_t h, int32_t pack,
+                                                        int64_t rows, int64_t length,
+                                                        bool aligned) const {
+    return {view.row<const Element>(at.b, h, 0),
+            view.stride_s,
+            view.stride_h,
+            pack,
+            static_cast<int32_t>(rows),
+            static_cast<int32_t>(length),
+            aligned};
+  }
+
+  __device__ __forceinline__ int32_t first_row() const { return at.q_tile * kConfig.tile_m(); }
+  // Index of a packed row among the B * H * S_q rows of lse.
+  __device__ __forceinline__ int64_t output_row(int32_t packed_row) const {
+    const int32_t q_idx = plan.query_of(packed_row);
+    const int64_t h = at.h + packed_row - q_idx * plan.pack;
+    return (at.b * args.shape.H + h) * args.shape.S_q + q_idx;
+  }
+  __device__ __forceinline__ void load_q() const {
+    load_tile<kConfig.head_dim, kConfig.tile_m(), kConfig.threads()>(q_smem, q, first_row());
+    ptx::cp_async_commit();
+  }
+  __device__ __forceinline__ void load_k(int32_t kv_begin) const {
+    load_tile<kConfig.head_dim, kConfig.tile_n, kConfig.threads()>(k_smem, k, kv_begin);
+    ptx::cp_async_commit();
+  }
+  __device__ __forceinline__ void load_v(int32_t kv_begin) const {
+    load_tile<kConfig.head_dim, kConfig.tile_n, kConfig.threads()>(v_smem, v, kv_begin);
+    ptx::cp_async_commit();
+  }
+  // Until all this thread's copies, and after the barrier everybody's, are in shared memory.
+  __device__ __forceinline__ static void wait_loads() {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  // Replaces Inf and NaN in the V tile by zeros and returns whether there were any: where a key is
+  // hidden from some rows of the tile only, its value must not reach them as 0 * NaN. All threads.
+  __device__ __forceinline__ bool clear_nonfinite_v() const {
+    constexpr int kPieces = kConfig.tile_n * kConfig.head_dim * 2 / kChunkBytes;
+    bool found = false;
+#pragma unroll 1
+    for (int piece = threadIdx.x; piece < kPieces; piece += kConfig.threads()) {
+      uint32_t words[4];
+      const uint32_t address = v_smem + piece * kChunkBytes;
+      asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(address)
+                   : "memory");
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t finite = without_nonfinite<Element>(words[w]);
+        if (finite == words[w]) continue;
+        found = true;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 4 * w), "r"(finite) : "memory");
+      }
+    }
+    return __syncthreads_or(found) != 0;
+  }
+};
+
+// Writes the warp's rows: through the Q tile, of which each warp reads and writes its own rows
+// alone, so that a row leaves in 16-byte pieces.
+template <typename Element, ForwardConfig kConfig>
+__device__ __forceinline__ void store_rows(const WarpTile<Element, kConfig>& warp,
+                                           const BlockContext<Element, kConfig>& block,
+                                           bool aligned) {
+  using Warp = WarpTile<Element, kConfig>;
+  using Tile = SmemTile<kConfig.head_dim>;
+  const ForwardArgs& args = block.args;
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < Warp::kRows; ++r) {
+#pragma unroll
+    for (int d = 0; d < Warp::kDimTiles; ++d) {
+      const float (&tile)[4] = warp.out[r / 2][d];
+      const uint32_t pair = pack_pair<Element>(tile[r % 2 * 2], tile[r % 2 * 2 + 1]);
+      const uint32_t address = block.q_smem + Tile::offset(Warp::row(r), d) + Warp::lane() % 4 * 4;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(pair) : "memory");
+    }
+  }
+  if (Warp::lane() % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < Warp::kRows; ++r) {
+      const int32_t packed = block.first_row() + Warp::row(r);
+      if (packed < block.plan.rows) {
+        static_cast<float*>(args.lse)[block.output_row(packed)] = warp.softmax[r].lse();  // (E10)
+      }
+    }
+  }
+  __syncwarp();
+  const auto D_v = static_cast<int>(args.shape.D_v);
+  for (int piece = Warp::lane(); piece < 16 * Warp::kAtoms * Tile::kChunks; piece += 32) {
+    const int row = Warp::warp_row() + piece / Tile::kChunks;
+    const int chunk = piece % Tile::kChunks;
+    const int32_t packed = block.first_row() + row;
+    const int count = D_v - chunk * kChunkElements;
+    if (packed >= block.plan.rows || count <= 0) continue;
+    const int32_t q_idx = block.plan.query_of(packed);
+    Element* target = args.out.template row<Element>(
+                          block.at.b, block.at.h + packed - q_idx * block.plan.pack, q_idx) +
+                      chunk * kChunkElements;
+    uint4 words;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(block.q_smem + Tile::offset(row, chunk))
+                 : "memory");
+    if (aligned) {
+      *reinterpret_cast<uint4*>(target) = words;
+    } else {
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int e = 0; e < kChunkElements; ++e) {
+        if (e < count) {
+          reinterpret_cast<uint16_t*>(target)[e] =
+              static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)));
+        }
+      }
+    }
+  }
+}
+
+// Writes the warp's rows of one split, normalised, for combine to merge.
+template <typename Element, ForwardConfig kConfig>
+__device__ __forceinline__ void store_split(const WarpTile<Element, kConfig>& warp,
+                                            const BlockContext<Element, kConfig>& block,
+                                            const SplitBuffers<float>& partial) {
+  using Warp = WarpTile<Element, kConfig>;
+  const Shape& shape = block.args.shape;
+#pragma unroll
+  for (int r = 0; r < Warp::kRows; ++r) {
+    const int32_t packed = block.first_row() + Warp::row(r);
+    if (packed >= block.plan.rows) continue;
+    const int64_t row = block.output_row(packed);
+    const int64_t slot = block.at.split * partial.rows + row;
+    if (Warp::lane() % 4 == 0) partial.lse[slot] = warp.softmax[r].lse();
+    float* target = partial.out + slot * shape.D_v + Warp::lane() % 4 * 2;
+#pragma unroll
+    for (int d = 0; d < Warp::kDimTiles; ++d) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (d * 8 + Warp::lane() % 4 * 2 + j < shape.D_v) {
+          target[d * 8 + j] = warp.out[r / 2][d][r % 2 * 2 + j];
+        }
+      }
+    }
+  }
+}
+
+// `address`, for kv_idx >= 0. The addresses of fragments are the same for every key tile, and the
+// compiler would keep two dozen of them in registers that scores and outputs need. Tied to the loop
+// variable they are computed where they are used, in one instruction each.
+__device__ __forceinline__ uint32_t tied(uint32_t address, int32_t kv_idx) {
+  return address + static_cast<uint32_t>(kv_idx >> 31);
+}
+
+template <typename Element, ForwardConfig kConfig>
+__device__ __forceinline__ void attend(const ForwardArgs& args, const TilePlan& plan, uint32_t smem,
+                                       bool aligned, WarpTile<Element, kConfig>& warp) {
+  const BlockContext<Element, kConfig> block(args, plan, smem, aligned);
+  const KvRange keys = plan.keys(args.mask, block.at);
+  const Mask& mask = args.mask;
+  const int32_t query_begin = plan.query_begin(block.at.q_tile);
+  const int32_t query_end = plan.query_end(block.at.q_tile);
+  const auto scale_log2 = static_cast<float>(args.scale.log2);
+  const auto sign = static_cast<float>(args.scale.sign);
+
+  using Warp = WarpTile<Element, kConfig>;
+  const auto query = [&](int r) { return plan.query_of(block.first_row() + Warp::row(r)); };
+
+  const uint32_t q_base = Warp::q_base(block.q_smem), k_base = Warp::k_base(block.k_smem),
+                 v_base = Warp::v_base(block.v_smem);
+
+  block.load_q();
+  if (keys.size() > 0) block.load_k(keys.begin);
+  block.wait_loads();
+  warp.keep_q(block.q_smem);
+  for (int32_t kv = keys.begin; kv < keys.end; kv += kConfig.tile_n) {
+    block.wait_loads();  // this K is there; V's buffer is free
+    block.load_v(kv);
+    warp.clear_scores();
+    warp.multiply_qk(tied(q_base, kv), tied(k_base, kv));  // S = Q K^T
+    block.wait_loads();                                    // this V is there; K's buffer is free
+    if (kv + kConfig.tile_n < keys.end) block.load_k(kv + kConfig.tile_n);
+    if (sign != 1) warp.scale_scores(sign);
+    bool nonfinite = false;
+    if (mask.tile_needs_mask(query_begin, query_end, kv, kv + kConfig.tile_n)) {
+      warp.hide(mask, query, kv);
+      if (mask.is_banded()) nonfinite = block.clear_nonfinite_v();
+    }
+    warp.update_softmax(scale_log2);     // (E6)-(E8)
+    warp.multiply_pv(tied(v_base, kv));  // O += P V
+    if (nonfinite) {
+      warp.add_nonfinite(mask, query, block.v, kv, min(kv + kConfig.tile_n, mask.s_kv));
+    }
+  }
+  warp.normalise();  // (E9)
+}
+
+// A kernel's own template arguments must be types and integers, hence not a ForwardConfig.
+template <typename Element, int kHeadDim, bool kForTuring>
+__global__ void __launch_bounds__((config_of<kHeadDim, kForTuring>().threads()),
+                                  (config_of<kHeadDim, kForTuring>().blocks_per_sm))
+    tensor_core_forward_kernel(const __grid_constant__ ForwardArgs args,
+                               const __grid_constant__ TilePlan plan,
+                               const __grid_constant__ SplitBuffers<float> partial, bool aligned) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kForTuring == (__CUDA_ARCH__ < 800)) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    constexpr ForwardConfig kConfig = config_of<kHeadDim, kForTuring>();
+    const uint32_t smem_address = ptx::shared_address(smem);
+    WarpTile<Element, kConfig> warp;
+    attend<Element, kConfig>(args, plan, smem_address, aligned, warp);
+    // Located anew: where the block stands takes no registers while the main loop runs.
+    const BlockContext<Element, kConfig> block(args, plan, smem_address, aligned);
+    if (plan.splits > 1) {
+      store_split(warp, block, partial);
+    } else {
+      store_rows(warp, block, aligned);
+    }
+  }
+#endif
+}
+
+}  // namespace online_attention::cuda::portable

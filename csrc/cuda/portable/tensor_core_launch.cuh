@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The body of launch_tensor_core, for the .cu files that instantiate it.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/portable/tensor_core_forward.cuh"
+#include "cuda/portable/tensor_core_forward.h"
+
+namespace online_attention::cuda::portable {
+
+template <typename Element, int kHeadDim, bool kForTuring>
+Status launch_config(const ForwardArgs& args, const TilePlan& plan, const Launch& on) {
+  constexpr ForwardConfig kConfig = config_of<kHeadDim, kForTuring>();
+  const bool aligned =
+      args.shape.D % kChunkElements == 0 && args.shape.D_v % kChunkElements == 0 &&
+      is_aligned_16(args.q, sizeof(Element)) && is_aligned_16(args.k, sizeof(Element)) &&
+      is_aligned_16(args.v, sizeof(Element)) && is_aligned_16(args.out, sizeof(Element));
+  const auto partial = SplitBuffers<float>::in(on.workspace, plan, args.shape);
+  return launch(tensor_core_forward_kernel<Element, kHeadDim, kForTuring>, plan.tiles(),
+                kConfig.threads(), kConfig.smem_bytes(), on.stream, args, plan, partial, aligned);
+}
+
+template <typename Element, int kHeadDim>
+Status launch_tensor_core(const ForwardArgs& args, const TilePlan& plan, const Launch& on) {
+  if constexpr (sizeof(Element) == 2 && __is_same(Element, __half)) {
+    if (on.device.arch < 80) return launch_config<Element, kHeadDim, true>(args, plan, on);
+  }
+  return launch_config<Element, kHeadDim, false>(args, plan, on);
+}
+
+}  // namespace online_attention::cuda::portable

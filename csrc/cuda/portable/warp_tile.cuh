@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What one warp holds and does in the tensor-core kernel: its rows' scores, softmax states and
+// outputs in registers, the two matrix products, the mask, and the store. Fragment layouts:
+// cuda/fragment.cuh. Lane 4g + t; every thread holds rows g and g + 8 of each row atom.
+#pragma once
+
+#include "core/softmax_row.h"
+#include "cuda/fragment.cuh"
+#include "cuda/portable/config.h"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/smem_tile.cuh"
+
+namespace online_attention::cuda::portable {
+
+template <typename Element, ForwardConfig kConfig>
+struct WarpTile {
+  static constexpr int kAtoms = kConfig.row_atoms;
+  static constexpr int kKeyTiles = kConfig.tile_n / 8;    // n8 tiles of scores
+  static constexpr int kDimTiles = kConfig.head_dim / 8;  // n8 tiles of outputs
+  static constexpr int kDimSteps = kConfig.head_dim / 16;
+  static constexpr int kKeySteps = kConfig.tile_n / 16;
+  static constexpr int kRows = 2 * kAtoms;  // per thread
+  using Tile = SmemTile<kConfig.head_dim>;
+
+  float scores[kAtoms][kKeyTiles][4];
+  float out[kAtoms][kDimTiles][4] = {};
+  SoftmaxRow<float> softmax[kRows];
+  uint32_t q[kConfig.q_in_registers ? kAtoms : 1][kConfig.q_in_registers ? kDimSteps : 1][4];
+
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32u); }
+  __device__ __forceinline__ static int warp_row() {
+    return static_cast<int>(threadIdx.x / 32u * (16 * kAtoms));
+  }
+  // Row of the block's tile that register row r of this thread is.
+  __device__ __forceinline__ static int row(int r) {
+    return warp_row() + r / 2 * 16 + r % 2 * 8 + static_cast<int>(threadIdx.x % 32u / 4u);
+  }
+
+  // Where this lane's row of the first fragment lies in a Q, K or V tile. Q: rows are queries, a
+  // fragment is 16 rows by 16 columns. K: 16 keys by 16 columns, two n8 tiles. V: 16 keys by 16
+  // columns, transposed on loading, two n8 tiles.
+  __device__ __forceinline__ static uint32_t q_base(uint32_t q_smem) {
+    const unsigned lane = threadIdx.x % 32u;
+    return q_smem + Tile::offset(warp_row() + lane % 16, lane / 16);
+  }
+  __device__ __forceinline__ static uint32_t k_base(uint32_t k_smem) {
+    const unsigned lane = threadIdx.x % 32u;
+    return k_smem + Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  __device__ __forceinline__ static uint32_t v_base(uint32_t v_smem) {
+    const unsigned lane = threadIdx.x % 32u;
+    return v_smem + Tile::offset(lane % 16, lane / 16);
+  }
+
+  __device__ __forceinline__ void keep_q(uint32_t q_smem) {
+    if constexpr (kConfig.q_in_registers) {
+#pragma unroll
+      for (int atom = 0; atom < kAtoms; ++atom) {
+#pragma unroll
+        for (int step = 0; step < kDimSteps; ++step) {
+          ptx::ldmatrix_x4(q[atom][step],
+                           Tile::advance(q_base(q_smem), 2 * step) + atom * 16 * Tile::kRowBytes);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void clear_scores() {
+#pragma unroll
+    for (int atom = 0; atom < kAtoms; ++atom) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) scores[atom][n][c] = 0;
+      }
+    }
+  }
+
+  // scores += Q K^T
+  __device__ __forceinline__ void multiply_qk(uint32_t q_base, uint32_t k_base) {
+#pragma unroll
+    for (int step = 0; step < kDimSteps; ++step) {
+      uint32_t a[kAtoms][4];
+#pragma unroll
+      for (int atom = 0; atom < kAtoms; ++atom) {
+        if constexpr (kConfig.q_in_registers) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[atom][i] = q[atom][step][i];
+        } else {
+          ptx::ldmatrix_x4(a[atom], Tile::advance(q_base, 2 * step) + atom * 16 * Tile::kRowBytes);
+        }
+      }
+#pragma unroll
+      for (int pair = 0; pair < kKeySteps; ++pair) {  // two n8 tiles at a time
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, Tile::advance(k_base, 2 * step) + pair * 16 * Tile::kRowBytes);
+#pragma unroll
+        for (int atom = 0; atom < kAtoms; ++atom) {
+          ptx::mma_m16n8k16(scores[atom][2 * pair], a[atom], b[0], b[1], Element());
+          ptx::mma_m16n8k16(scores[atom][2 * pair + 1], a[atom], b[2], b[3], Element());
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void scale_scores(float sign) {
+#pragma unroll
+    for (int atom = 0; atom < kAtoms; ++atom) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) scores[atom][n][c] *= sign;
+      }
+    }
+  }
+
+  // Hides what the mask hides: those scores become -inf, whatever they were. `query(r)` is the
+  // query index of register row r.
+  template <typename Query>
+  __device__ __forceinline__ void hide(const Mask& mask, const Query& query, int32_t kv_begin) {
+    const int32_t kv_lane = kv_begin + lane() % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int32_t q_idx = query(r);
+      const KvRange seen = mask.kv_range(q_idx, q_idx + 1);
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int32_t kv_idx = kv_lane + 8 * n + j;
+          float& score = scores[r / 2][n][r % 2 * 2 + j];
+          score = kv_idx >= seen.begin && kv_idx < seen.end ? score : -kInfinity<float>;
+        }
+      }
+    }
+  }
+
+  // (E6)-(E8): raises the rows' maxima by this tile, turns scores into probabilities, absorbs their
+  // sums and brings the outputs to the new maximum. A row's sum stays spread over its quad.
+  __device__ __forceinline__ void update_softmax(float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float tile_max = -kInfinity<float>;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) tile_max = max_of(tile_max, scores[r / 2][n][r % 2 * 2 + j]);
+      }
+      const float alpha = softmax[r].raise(quad_max(tile_max) * scale_log2);
+      float tile_sum = 0;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[r / 2][n][r % 2 * 2 + j];
+          score = softmax[r].weight(score * scale_log2);
+          tile_sum += score;
+        }
+      }
+      softmax[r].absorb(alpha, tile_sum);
+#pragma unroll
+      for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) out[r / 2][d][r % 2 * 2 + j] *= alpha;
+      }
+    }
+  }
+
+  // out += P V, with P the probabilities in `scores`, rounded to Element.
+  __device__ __forceinline__ void multiply_pv(uint32_t v_base) {
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      uint32_t p[kAtoms][4];
+#pragma unroll
+      for (int atom = 0; atom < kAtoms; ++atom) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float (&tile)[4] = scores[atom][2 * step + i / 2];
+          p[atom][i] = pack_pair<Element>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+        }
+      }
+#pragma unroll
+      for (int pair = 0; pair < kDimTiles / 2; ++pair) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, Tile::advance(v_base, 2 * pair) + step * 16 * Tile::kRowBytes);
+#pragma unroll
+        for (int atom = 0; atom < kAtoms; ++atom) {
+          ptx::mma_m16n8k16(out[atom][2 * pair], p[atom], b[0], b[1], Element());
+          ptx::mma_m16n8k16(out[atom][2 * pair + 1], p[atom], b[2], b[3], Element());
+        }
+      }
+    }
+  }
+
+  // Adds the Inf and NaN elements of a value tile, which multiply_pv has seen as zeros, to the rows
+  // that see their keys. A weight is positive, so the sum is what the weighted one would be.
+  template <typename Query>
+  __device__ __forceinline__ void add_nonfinite(const Mask& mask, const Query& query,
+                                                const RowSource<Element>& v, int32_t kv_begin,
+                                                int32_t kv_end) {
+#pragma unroll 1
+    for (int32_t kv_idx = kv_begin; kv_idx < kv_end; ++kv_idx) {
+      const Element* v_row = v.row(kv_idx) + lane() % 4 * 2;
+      const int length = v.length - lane() % 4 * 2;
+      bool visible[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) visible[r] = mask.visible(query(r), kv_idx);
+#pragma unroll
+      for (int i = 0; i < kDimTiles * 2; ++i) {
+        const int column = i / 2 * 8 + i % 2;
+        if (column >= length) continue;
+        const float x = static_cast<float>(v_row[column]);
+        const float nonfinite = isfinite(x) ? 0.0f : x;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          out[r / 2][i / 2][r % 2 * 2 + i % 2] += visible[r] ? nonfinite : 0.0f;
+        }
+      }
+    }
+  }
+
+  // (E9): completes the row sums over the quad and normalises the outputs.
+  __device__ __forceinline__ void normalise() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      softmax[r].l = quad_sum(softmax[r].l);
+      const float inverse_sum = softmax[r].inverse_sum();
+#pragma unroll
+      for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) out[r / 2][d][r % 2 * 2 + j] *= inverse_sum;
+      }
+    }
+  }
+};
+
+}  // namespace online_attention::cuda::portable

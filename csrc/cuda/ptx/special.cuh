@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Special registers.
+#pragma once
+
+#include <cstdint>
+
+namespace online_attention::cuda::ptx {
+
+// %ctaid.x, read anew at every call: blockIdx.x, or what was computed from it, the compiler would
+// keep in registers from the first use to the last.
+__device__ __forceinline__ uint32_t block_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
+}  // namespace online_attention::cuda::ptx

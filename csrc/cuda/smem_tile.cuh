@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A [rows, head dim] tile of 16-bit elements in shared memory, in 16-byte chunks whose order within
+// a row is permuted so that ldmatrix (8 rows, one chunk each) and row-wise writes both touch all
+// banks once.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/cp_async.cuh"
+
+namespace online_attention::cuda {
+
+inline constexpr int kChunkElements = 8;  // 16 bytes
+inline constexpr int kChunkBytes = 16;
+
+template <int kHeadDim>
+struct SmemTile {
+  static constexpr int kChunks = kHeadDim / kChunkElements;
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static_assert(kChunks % 4 == 0);
+  // Rows of whole 128-byte lines (8 chunks) are told apart by their low three bits. With half a
+  // line over (head dim 96), two rows in turn cover the banks, and the next two bits decide.
+  static constexpr uint32_t kKeyMask = kChunks % 8 == 0 ? 7 : 3;
+
+  __device__ __forceinline__ static uint32_t key(uint32_t row) {
+    return (kChunks % 8 == 0 ? row : row >> 1) & kKeyMask;
+  }
+  // Byte offset of a chunk.
+  __device__ __forceinline__ static uint32_t offset(uint32_t row, uint32_t chunk) {
+    return row * kRowBytes + (chunk ^ key(row)) * kChunkBytes;
+  }
+  // The same in two steps, for one row and many chunks: `offset(row, lane_chunk)` once for each
+  // lane, then one XOR for each chunk known at compile time, where lane_chunk < 2 and `chunk` is
+  // even. `base` is a tile address (aligned to 128 bytes) plus that offset.
+  __device__ __forceinline__ static uint32_t advance(uint32_t base, uint32_t chunk) {
+    const uint32_t low = chunk & kKeyMask;
+    return (base ^ (low * kChunkBytes)) + (chunk - low) * kChunkBytes;
+  }
+};
+
+// The rows a tile is read from. Row r is query (or key) r / pack of head r % pack.
+template <typename Element>
+struct RowSource {
+  const Element* data;  // row 0
+  int64_t stride;       // elements, from one query or key to the next
+  int64_t stride_head;  // elements, from one head to the next; used if pack > 1
+  int32_t pack;
+  int32_t rows;    // rows from here on do not exist: read as zeros
+  int32_t length;  // nor do elements from here on
+  bool aligned;    // rows are readable in 16-byte pieces
+
+  __device__ __forceinline__ const Element* row(int32_t r) const {
+    if (pack == 1) return data + r * stride;
+    return data + r / pack * stride + r % pack * stride_head;
+  }
+};
+
+// Writes one chunk from up to 8 elements of any alignment, with zeros behind them.
+template <typename Element>
+__device__ __forceinline__ void store_chunk(uint32_t target, const Element* source, int count) {
+  static_assert(sizeof(Element) == 2);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int e = 0; e < kChunkElements; ++e) {
+    if (e < count) {
+      words[e / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(source)[e]} << (16 * (e % 2));
+    }
+  }
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(target), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// Starts the copy of rows [first, first + kRows) into a tile; the caller commits and waits. All
+// kThreads threads.
+template <int kHeadDim, int kRows, int kThreads, typename Element>
+__device__ __forceinline__ void load_tile(uint32_t tile, const RowSource<Element>& from,
+                                          int32_t first) {
+  using Tile = SmemTile<kHeadDim>;
+  const unsigned thread = threadIdx.x;
+  if (from.aligned && from.pack == 1) {
+    // A few threads side by side copy a row, a whole pass of threads kRowsPerPass rows. The swizzle
+    // is the same in every pass, so a thread's addresses differ by constants.
+    constexpr int kAcross = Tile::kChunks % 8 == 0 ? 8 : 4;
+    constexpr int kRowsPerPass = kThreads / kAcross;
+    static_assert(kRowsPerPass % 8 == 0 && kRows % kRowsPerPass == 0);
+    const int row = static_cast<int>(thread / kAcross), chunk = static_cast<int>(thread % kAcross);
+    const Element* source = from.data + (first + row) * from.stride + chunk * kChunkElements;
+    const uint32_t target = tile + Tile::offset(row, chunk);
+#pragma unroll
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+      const bool row_exists = first + row + pass * kRowsPerPass < from.rows;
+#pragma unroll
+      for (int c = 0; c < Tile::kChunks; c += kAcross) {
+        const bool exists = row_exists && (chunk + c) * kChunkElements < from.length;
+        ptx::cp_async<kChunkBytes>(target + pass * kRowsPerPass * Tile::kRowBytes + c * kChunkBytes,
+                                   source + c * kChunkElements, exists);
+      }
+      source += kRowsPerPass * from.stride;
+    }
+    return;
+  }
+  // Packed or unaligned rows; not unrolled, to leave the registers to the caller.
+#pragma unroll 1
+  for (int piece = static_cast<int>(thread); piece < kRows * Tile::kChunks; piece += kThreads) {
+    const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
+    const int count = from.length - chunk * kChunkElements;
+    const bool exists = first + row < from.rows && count > 0;
+    const Element* source = exists ? from.row(first + row) + chunk * kChunkElements : from.data;
+    const uint32_t target = tile + Tile::offset(row, chunk);
+    if (from.aligned) {
+      ptx::cp_async<kChunkBytes>(target, source, exists);
+    } else {
+      store_chunk(target, source, exists ? count : 0);
+    }
+  }
+}
+
+}  // namespace online_attention::cuda

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How one attention call is cut into thread blocks. Host code makes the plan, kernels read it.
+//
+// A block computes `tile_m` query rows of one head against one range of keys. Where the query
+// heads of a group are short, they are packed: row r of a packed head is query r / pack of head
+// r % pack of the group, so that the keys and values they share are read once.
+#pragma once
+
+#include "core/problem.h"
+
+namespace online_attention::cuda {
+
+struct TileCoord {
+  int32_t b, h;  // batch element; first query head of the tile
+  int32_t q_tile, split, column;
+};
+
+struct TilePlan {
+  static constexpr int64_t kMaxTiles = std::numeric_limits<int32_t>::max();
+
+  int32_t tile_m = 0, tile_n = 0;
+  int32_t pack = 1;            // query heads in one tile: 1 or H / H_kv
+  int32_t rows = 0;            // of one packed head: S_q * pack
+  int32_t keys_per_split = 0;  // a multiple of tile_n
+  int32_t group = 1;           // H / H_kv
+  uint32_t pack_inverse = 0;   // floor(2^32 / pack) + 1, or 0 if pack is 1: see query_of
+  // Counts, unsigned because the device divides by them.
+  uint32_t q_tiles = 0;        // of one packed head
+  uint32_t columns = 1;        // blocks that share a query tile, each with its part of D_v
+  uint32_t splits = 1;         // parts of the keys, merged by combine
+  uint32_t section_heads = 1;  // packed heads whose tiles are interleaved, see locate
+  uint32_t heads = 0;          // B * H / pack
+  uint32_t heads_per_batch = 1;
+
+  ONLINE_ATTENTION_HD int64_t tiles() const { return int64_t{heads} * q_tiles * splits * columns; }
+
+  // Blocks start in index order. Within a section of heads whose keys and values fit the L2 cache
+  // together, later query tiles come first: under a causal mask they see the most keys, and the
+  // short tiles are left to fill the gaps at the end.
+  // `index` < tiles() <= kMaxTiles.
+  ONLINE_ATTENTION_HD TileCoord locate(uint32_t index) const {
+    const uint32_t column = index % columns;
+    index /= columns;
+    const uint32_t split = index % splits;
+    index /= splits;
+    const uint32_t section_tiles = section_heads * q_tiles;
+    const uint32_t first_head = index / section_tiles * section_heads;
+    index %= section_tiles;
+    const uint32_t heads_left = heads - first_head;
+    const uint32_t heads_here = heads_left < section_heads ? heads_left : section_heads;
+    const uint32_t head = first_head + index % heads_here;
+    return {static_cast<int32_t>(head / heads_per_batch),
+            static_cast<int32_t>(head % heads_per_batch) * pack,
+            static_cast<int32_t>(q_tiles - 1 - index / heads_here), static_cast<int32_t>(split),
+            static_cast<int32_t>(column)};
+  }
+
+  // row / pack as a multiplication, exact because kMaxPack keeps row * pack under 2^32. Rows are
+  // packed only where one head has fewer than tile_m of them.
+  static constexpr int32_t kMaxPack = 4096;
+  ONLINE_ATTENTION_HD int32_t query_of(int32_t row) const {
+    if (pack == 1) return row;
+    return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(row)} * pack_inverse >> 32);
+  }
+
+  // The queries whose rows lie in this tile, [begin, end).
+  ONLINE_ATTENTION_HD int32_t query_begin(int32_t q_tile) const {
+    return query_of(q_tile * tile_m);
+  }
+  ONLINE_ATTENTION_HD int32_t query_end(int32_t q_tile) const {
+    const int64_t end = (int64_t{q_tile} + 1) * tile_m;
+    return query_of(static_cast<int32_t>(end < rows ? end : rows) - 1) + 1;
+  }
+
+  // The keys that some row of the tile sees, cut to this split. Begins at a multiple of the key
+  // tile, so that no key tile crosses into the next split.
+  ONLINE_ATTENTION_HD KvRange keys(const Mask& mask, const TileCoord& at) const {
+    KvRange range = mask.kv_range(query_begin(at.q_tile), query_end(at.q_tile));
+    range.begin -= range.begin % tile_n;
+    if (splits > 1) {
+      const int64_t begin = int64_t{at.split} * keys_per_split;
+      const int64_t end = begin + keys_per_split;
+      if (begin >= range.end || end <= range.begin) return {0, 0};
+      if (range.begin < begin) range.begin = static_cast<int32_t>(begin);
+      if (range.end > end) range.end = static_cast<int32_t>(end);
+    }
+    return range;
+  }
+};
+
+// What a kernel offers the plan.
+struct TileShape {
+  int32_t m, n;           // rows and keys of a tile
+  int32_t columns;        // ceil(D_v / the columns one block computes)
+  int32_t blocks_per_sm;  // resident at once
+};
+
+// Chooses packing, splits and order. Depends on lengths alone if args.batch_invariant. A call of
+// more than kMaxTiles tiles gets a plan that launch() refuses.
+TilePlan plan_tiles(const ForwardArgs& args, const TileShape& tile, int multiprocessors);
+
+// The partial results of a plan with more than one split, in the workspace: outputs in the
+// accumulator's type [splits, B * H * S_q, D_v], then their lse [splits, B * H * S_q].
+template <typename Real>
+struct SplitBuffers {
+  Real* out = nullptr;
+  Real* lse = nullptr;
+  int64_t rows = 0;
+
+  static int64_t bytes(const TilePlan& plan, const Shape& shape) {
+    if (plan.splits == 1) return 0;
+    return plan.splits * shape.B * shape.H * shape.S_q * (shape.D_v + 1) *
+           static_cast<int64_t>(sizeof(Real));
+  }
+  static SplitBuffers in(void* workspace, const TilePlan& plan, const Shape& shape) {
+    const int64_t rows = shape.B * shape.H * shape.S_q;
+    Real* out = static_cast<Real*>(workspace);
+    return {out, out == nullptr ? nullptr : out + plan.splits * rows * shape.D_v, rows};
+  }
+};
+
+}  // namespace online_attention::cuda
