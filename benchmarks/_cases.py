@@ -161,13 +161,18 @@ def host(device_type: str) -> list[Case]:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named list of cases, with the dtypes it is meant for on each kind of device."""
+    """A named list of cases, with the dtypes it is meant for on each kind of device.
+
+    case_seconds: how long the rounds of one case go on at most, once there are three of them; a
+        busy machine then costs samples and not patience.
+    """
 
     name: str
     cases: Callable[[str], list[Case]]
     gpu_dtypes: tuple[str, ...] = ("bf16",)
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
     measures_host_time: bool = False
+    case_seconds: float = 30.0
 
     def dtypes(self, device_type: str) -> tuple[str, ...]:
         return self.gpu_dtypes if device_type == "cuda" else self.cpu_dtypes
@@ -176,7 +181,7 @@ class Suite:
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("quick", quick),
+        Suite("quick", quick, case_seconds=1.2),
         Suite("forward", forward),
         Suite("shapes", shapes),
         Suite("fp32", fp32, gpu_dtypes=("fp32",), cpu_dtypes=("fp32",)),

@@ -160,10 +160,11 @@ def check(
             # The whole output this time, in case only a sample of the rows met the reference.
             against = (contender.name, relative_error(ours, out))
         del result, out
-    lse_error = None
+    lse_error, lse_refusal = None, None
     if ours is not None:
-        result, refusal = first_call(OURS_WITH_LSE, case, tensors)
-        lse_error = _lse_error(result[1], reference) if refusal is None else math.inf
+        result, lse_refusal = first_call(OURS_WITH_LSE, case, tensors)
+        if lse_refusal is None:
+            lse_error = _lse_error(result[1], reference)
     found = {
         "rows_checked": reference.rows.numel(),
         "rows": case.s_q,
@@ -174,6 +175,8 @@ def check(
         "difference_to": against,
     }
     found["wrong"] = _what_is_wrong(found)
+    if lse_refusal is not None:
+        found["wrong"].append(f"return_lse=True failed: {lse_refusal.reason}")
     return found, refused
 
 

@@ -200,7 +200,9 @@ def first_call(contender: Contender, case: Case, tensors: Tensors) -> tuple[Any,
             return None, Refusal("out of memory")
         except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
             said = [_sentence(str(warning.message)) for warning in caught]
-            reasons = [text for text in said if text and not text.endswith("not used because:")]
+            # Headings, and the other backends' reason, that they are switched off, say nothing.
+            noise = ("not used because:", "runtime disabled.")
+            reasons = [text for text in said if text and not text.endswith(noise)]
             # Every other backend explains itself too; the one asked for is named in its own.
             own = [text for text in reasons if contender.name in text.lower()]
             chosen = own or reasons or [_sentence(str(error)) or type(error).__name__]

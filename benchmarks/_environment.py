@@ -126,7 +126,7 @@ def describe(device: torch.device, argv: list[str], given_commit: str | None) ->
     }
     found.update(commit())
     if given_commit:
-        found["commit"] = given_commit
+        found.update(commit=given_commit, dirty=None)
     if device.type == "cuda":
         driver = _nvidia_smi(device, ("driver_version",))
         properties = torch.cuda.get_device_properties(device)

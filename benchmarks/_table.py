@@ -21,7 +21,7 @@ except ImportError:
     HAS_RICH = False
 
 # A log file has no width; rich's guess of 80 columns would break the table's lines there.
-WIDTH_WITHOUT_TERMINAL = 140
+WIDTH_WITHOUT_TERMINAL = 160
 
 
 def three_digits(value: float) -> str:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How it is timed: interleaved rounds of blocks, one sample per block.
 
-Each round times one block of calls of every contender, and each round starts with another one
-(A B C, B C A, ...), so that a clock that falls or a neighbour that wakes up meets all of them
-alike. A block is long enough for its timer, and the median over the rounds is reported with the
-20th and 80th percentile.
+Each round times one block of calls of every contender, in an order of its own: a clock that falls
+meets all of them alike, and everyone runs in the wake of each other one equally often. That
+matters: at its power limit a GPU runs faster for a while after a kernel that drew little. A block
+is long enough for its timer and starts with calls that are not counted. The median over the
+rounds is reported with the 20th and 80th percentile.
 
 GPU: CUDA events around the block. Small inputs are rotated over several sets: calls in a row on
 one set would find q, k and v in L2, which they do not after the layers of a model have streamed
@@ -30,6 +31,7 @@ from _metrics import flops, moved_bytes, percentile
 
 MAX_SETS = 64
 MAX_CALLS = 2000
+MIN_ROUNDS = 3
 WARM_UP_SECONDS = 0.025
 # Below the depth of a launch queue: a host that runs ahead of a full queue waits for the GPU.
 HOST_CALLS = 100
@@ -39,17 +41,22 @@ Block = Callable[[list[Call], int], float]
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds: samples per contender; min_time: seconds a block lasts at least."""
+    """How many samples.
+
+    rounds: samples per contender; after MIN_ROUNDS they end when case_seconds are over.
+    min_time: seconds a block lasts at least.
+    """
 
     rounds: int
     min_time: float
+    case_seconds: float = math.inf
     host_time: bool = False
 
 
 def default_settings(device_type: str, host_time: bool) -> Settings:
     if host_time:
         return Settings(rounds=21, min_time=0.01, host_time=True)
-    return Settings(rounds=7, min_time=0.02)
+    return Settings(rounds=10 if device_type == "cuda" else 7, min_time=0.02)
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -112,6 +119,18 @@ def _calls_per_block(calls: list[Call], block: Block, settings: Settings, on_gpu
     return min(max(math.ceil(settings.min_time / per_call), 1), MAX_CALLS)
 
 
+def balanced_order(count: int, round_index: int) -> list[int]:
+    """The order of a round: a row of Williams' Latin square.
+
+    Over `count` rounds (twice as many where count is odd) everyone takes every place, and follows
+    everyone else, equally often.
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]
+    row = [(step + round_index) % count for step in zigzag]
+    mirrored = count % 2 == 1 and round_index // count % 2 == 1
+    return row[::-1] if mirrored else row
+
+
 def time_case(
     case: Case,
     dtype: str,
@@ -135,14 +154,17 @@ def time_case(
             on_block(taker.name)
             with taker.context():
                 counts[taker.name] = _calls_per_block(bound[taker.name], block, settings, on_gpu)
+        started = time.perf_counter()
         for round_index in range(settings.rounds):
-            turn = round_index % len(takers)
-            for taker in takers[turn:] + takers[:turn]:
+            spent = time.perf_counter() - started
+            if round_index >= MIN_ROUNDS and spent > settings.case_seconds:
+                break
+            for taker in (takers[i] for i in balanced_order(len(takers), round_index)):
                 on_block(taker.name)
                 name, count = taker.name, counts[taker.name]
                 with taker.context():
-                    if count > 3:
-                        # Takes over caches and threads from the contender before; not counted.
+                    # Takes over clock, caches and threads from the contender before.
+                    for _ in range(max(count // 2, 1) if on_gpu else count > 3):
                         bound[name][-1]()
                     samples[name].append(block(bound[name], count) / count * 1e3)
     results = {}

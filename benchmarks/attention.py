@@ -125,6 +125,9 @@ def choose_settings(arguments: argparse.Namespace, device_type: str, host_time: 
         if arguments.rounds < 1:
             raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
         settings = replace(settings, rounds=arguments.rounds)
+    elif not arguments.shapes:
+        # A number of rounds asked for is kept, however long they take.
+        settings = replace(settings, case_seconds=SUITES[arguments.suite].case_seconds)
     if arguments.min_time is not None:
         if not 0 <= arguments.min_time < math.inf:
             raise ValueError(f"--min-time must be a number of seconds, got {arguments.min_time}")
@@ -224,7 +227,7 @@ class Run:
             "dtype": dtype,
             "function": FUNCTION,
             "check_only": self.arguments.check_only,
-            "settings": asdict(self.settings),
+            "settings": without_infinities(asdict(self.settings)),
             "environment": describe(self.device, self.argv, self.arguments.commit),
             "baselines": shown,
             "geometric_means": geometric_means(rows, shown),

@@ -2,6 +2,7 @@
 """The benchmark command: its counts, its files, its exit status and its sentences; no timings."""
 
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -78,6 +79,17 @@ def test_statistics(metrics):
         metrics.geometric_mean([])
     assert metrics.percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
     assert metrics.percentile([5.0], 0.2) == 5.0
+
+
+@pytest.mark.parametrize(("count", "rounds"), [(1, 1), (2, 2), (4, 4), (5, 10)])
+def test_everyone_follows_everyone_equally_often(benchmarks_on_path, count, rounds):
+    from _timing import balanced_order
+
+    orders = [balanced_order(count, r) for r in range(rounds)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    followed = [pair for order in orders for pair in itertools.pairwise(order)]
+    pairs = list(itertools.permutations(range(count), 2))
+    assert sorted(followed) == sorted(pairs * (rounds // max(count, 1)))
 
 
 def test_the_grid_has_constant_tokens_and_width(cases):
