@@ -31,6 +31,8 @@ namespace {
 TileKernel tile_kernel(DType dtype) {
 #if defined(__x86_64__)
   switch (chosen_instruction_set()) {
+    case InstructionSet::avx512_bf16:
+      return avx512_bf16::tile_kernel(dtype);
     case InstructionSet::avx512:
       return avx512::tile_kernel(dtype);
     case InstructionSet::avx2:

@@ -10,6 +10,8 @@ namespace {
 struct Isa {
   static constexpr int kVectorBytes = 32;
   static constexpr int kBlockRows = 6, kBlockVecs = 2;  // 12 of 16 registers hold sums
+  template <class Element>
+  using Operand = Widened<Isa, Element>;
 
   static __m256 load(const F16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));

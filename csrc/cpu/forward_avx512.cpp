@@ -10,6 +10,8 @@ namespace {
 struct Isa {
   static constexpr int kVectorBytes = 64;
   static constexpr int kBlockRows = 12, kBlockVecs = 2;  // 24 of 32 registers hold sums
+  template <class Element>
+  using Operand = Widened<Isa, Element>;
 
   // The masked forms, because g++ 12 warns of its own undefined operand in the plain ones.
   static constexpr __mmask16 kAll = 0xffff;

@@ -9,6 +9,8 @@ namespace {
 struct Isa {
   static constexpr int kVectorBytes = 16;
   static constexpr int kBlockRows = 6, kBlockVecs = 2;  // 12 of 16 registers hold sums
+  template <class Element>
+  using Operand = Widened<Isa, Element>;
 
   typedef float Floats __attribute__((vector_size(16)));
   typedef uint32_t Words __attribute__((vector_size(16)));

@@ -17,26 +17,31 @@ template <class Isa, class Element>
 class TileForward {
  public:
   static void attend(const QueryTile& tile, std::byte* scratch) {
-    TileForward forward(tile, reinterpret_cast<Real*>(scratch));
+    TileForward forward(tile, scratch);
     forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.start(block); });
-    const int32_t first = tile.some_row_sees.begin - tile.some_row_sees.begin % kTileKeys;
-    for (int32_t begin = first; begin < tile.some_row_sees.end; begin += kTileKeys) {
-      const KvRange keys = {begin, smaller(begin + kTileKeys, tile.some_row_sees.end)};
+    const KvRange visible = tile.some_row_sees;
+    for (int64_t begin = visible.begin - visible.begin % kTileKeys; begin < visible.end;
+         begin += kTileKeys) {
+      const auto keys_begin = static_cast<int32_t>(begin);
+      const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
       forward.pack_keys(keys);
-      forward.pack_values(keys);
+      forward.pack_values(keys, keys);
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
     forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.finish(block); });
   }
 
   static int64_t scratch_bytes(int64_t D, int64_t D_v) {
-    const int64_t numbers = query_numbers(D) + key_numbers(D) + value_numbers(D_v) +
-                            QueryTile::kMaxRows * whole_vectors(D_v);
-    return numbers * static_cast<int64_t>(sizeof(Real));
+    const int64_t numbers = query_numbers(D) + key_numbers(D) + value_numbers(D_v);
+    return out_reals(D_v) * static_cast<int64_t>(sizeof(Real)) +
+           numbers * static_cast<int64_t>(sizeof(Number));
   }
 
  private:
-  using Real = RealOf<Element>;
+  using Operand = typename Isa::template Operand<Element>;
+  using Real = typename Operand::Real;
+  using Number = typename Operand::Number;
+  using Weight = typename Operand::Weight;
   using Lanes = Simd<Isa, Real>;
   using Vec = typename Lanes::Vec;
 
@@ -46,6 +51,8 @@ class TileForward {
   static constexpr int kPanelKeys = kBlockVecs * kLanes;  // the keys of one micro-kernel
   static constexpr int kTileKeys = 512 / static_cast<int>(sizeof(Real));
   static_assert(kTileKeys % kPanelKeys == 0);
+  // Weights take the place of their row's scores.
+  static constexpr int kWeightStride = kTileKeys * static_cast<int>(sizeof(Real) / sizeof(Weight));
 
   // Rows [row_begin, row_begin + rows) of the tile; the block is padded to kRows.
   template <int kRows>
@@ -53,13 +60,14 @@ class TileForward {
     int row_begin, rows;
   };
 
-  TileForward(const QueryTile& tile, Real* scratch)
+  TileForward(const QueryTile& tile, std::byte* scratch)
       : tile_(tile),
+        D_steps_(steps_of<Operand>(tile.D)),
         out_stride_(whole_vectors(tile.D_v)),
-        q_(scratch),
+        out_(reinterpret_cast<Real*>(scratch)),
+        q_(reinterpret_cast<Number*>(out_ + out_reals(tile.D_v))),
         k_(q_ + query_numbers(tile.D)),
-        out_(k_ + key_numbers(tile.D)),
-        packed_v_(out_ + QueryTile::kMaxRows * out_stride_) {}
+        packed_v_(k_ + key_numbers(tile.D)) {}
 
   // Calls visit on blocks of kBlockRows rows; the last is of half as many, or a quarter, ... if
   // that is enough.
@@ -84,39 +92,65 @@ class TileForward {
     const auto row = [&](int i) {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
-    pack_transposed<Lanes, kRows>(q_ + block.row_begin * tile_.D, tile_.D, block.rows, row);
+    pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
     Real* out = out_row(block.row_begin);
     for (int64_t i = 0; i < kRows * out_stride_; ++i) out[i] = 0;
   }
 
   void pack_keys(KvRange keys) {
-    Real* panel = k_;
+    Number* panel = k_;
     for (int32_t begin = keys.begin; begin < keys.end; begin += kPanelKeys) {
       const Element* first = static_cast<const Element*>(tile_.k) + begin * tile_.k_stride;
       const auto row = [&](int i) { return first + i * tile_.k_stride; };
-      pack_transposed<Lanes, kPanelKeys>(panel, tile_.D, keys.end - begin, row);
-      panel += kPanelKeys * tile_.D;
+      pack_transposed<Operand, kPanelKeys>(panel, tile_.D, keys.end - begin, row);
+      panel += kPanelKeys * D_steps_;
     }
   }
 
-  void pack_values(KvRange keys) {
+  // The values of `wanted`, a part of the tile `keys`; zeros for keys that share a step with them.
+  void pack_values(KvRange wanted, KvRange keys) {
     const int64_t D_v = tile_.D_v;
-    const Element* row = static_cast<const Element*>(tile_.v) + keys.begin * tile_.v_stride;
-    if constexpr (sizeof(Element) == sizeof(Real)) {
+    const auto* v = static_cast<const Element*>(tile_.v);
+    if constexpr (Operand::kDepth == 1 && sizeof(Element) == sizeof(Number)) {
       if (D_v % kLanes == 0) {
-        v_ = reinterpret_cast<const Real*>(row);
+        v_ = v + keys.begin * tile_.v_stride;
         v_stride_ = tile_.v_stride;
         return;
       }
     }
     v_ = packed_v_;
-    v_stride_ = whole_vectors(D_v);
-    Real* to = packed_v_;
-    for (int32_t key = keys.begin; key < keys.end; ++key, row += tile_.v_stride, to += v_stride_) {
-      int64_t d = 0;
-      for (; d + kLanes <= D_v; d += kLanes) Lanes::store(Lanes::load(row + d), to + d);
-      if (d < D_v) Lanes::store(Lanes::load_first(row + d, D_v - d), to + d);
+    v_stride_ = out_stride_;
+    const KvRange steps = steps_that_hold(wanted, keys);
+    for (int32_t step = steps.begin; step < steps.end; ++step) {
+      const Element* rows[Operand::kDepth];
+      for (int i = 0; i < Operand::kDepth; ++i) {
+        const int32_t key = keys.begin + step * Operand::kDepth + i;
+        rows[i] = wanted.begin <= key && key < wanted.end ? v + key * tile_.v_stride : nullptr;
+      }
+      pack_value_step(rows, packed_v_ + step * v_stride_);
     }
+  }
+
+  void pack_value_step(const Element* (&rows)[Operand::kDepth], Number* to) const {
+    static constexpr Element kZeros[kLanes] = {};
+    const auto load = [](const auto& columns) { return Operand::load_columns(columns); };
+    for (int64_t d = 0; d < tile_.D_v; d += kLanes) {
+      const Element* columns[Operand::kDepth];
+      for (int i = 0; i < Operand::kDepth; ++i) columns[i] = rows[i] ? rows[i] + d : kZeros;
+      const int64_t left = tile_.D_v - d;
+      Operand::Lanes::store(left < kLanes ? load_first<kLanes>(columns, left, load) : load(columns),
+                            to + d);
+    }
+  }
+
+  // Counted from the tile's first key.
+  static KvRange steps_that_hold(KvRange wanted, KvRange keys) {
+    return {(wanted.begin - keys.begin) / Operand::kDepth,
+            static_cast<int32_t>(steps_of<Operand>(wanted.end - keys.begin))};
+  }
+  static KvRange keys_of(KvRange steps, KvRange keys) {
+    return {keys.begin + steps.begin * Operand::kDepth,
+            smaller(keys.begin + steps.end * Operand::kDepth, keys.end)};
   }
 
   // One step of the online softmax: the rows of `block` take in the keys of one tile.
@@ -127,21 +161,24 @@ class TileForward {
     Real scores[kRows * kTileKeys];
     Real alpha[kRows];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
-    if (!contains(seen.by_all, panels)) hide(block, scores, panels, keys);
-    const int panel_keys = panels.end - panels.begin;
+    if (!contains(seen.by_all, from_key(keys.begin, panels))) {
+      hide(block, scores, panels, keys.begin);
+    }
     for (int i = 0; i < kRows; ++i) {
       SoftmaxRow<Real>& row = rows_[block.row_begin + i];
-      Real* s = scores + i * kTileKeys + (panels.begin - keys.begin);
-      const Real tile_max = largest(s, panel_keys) * static_cast<Real>(tile_.scale_log2);
+      Real* s = scores + i * kTileKeys;
+      const Real tile_max = largest(s, panels) * static_cast<Real>(tile_.scale_log2);
       // (E6), where raise gives exactly 1 if the maximum stays.
       alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
-      const Real tile_sum = weigh(s, panel_keys, row.base());  // (E7) scores become p
-      row.absorb(alpha[i], tile_sum);                          // (E8)
+      const Real tile_sum = weigh(s, panels, row.base());  // (E7) scores become p
+      row.absorb(alpha[i], tile_sum);                      // (E8)
     }
-    if (contains(seen.by_all, seen.by_some) || values_finite(seen.by_some, keys)) {
-      add_values_of<kRows>(out_row(block.row_begin), alpha, scores, seen.by_some, keys);
+    const KvRange steps = steps_that_hold(seen.by_some, keys);
+    const KvRange touched = keys_of(steps, keys);
+    if (contains(seen.by_all, touched) || values_finite(touched)) {
+      add_values_of<kRows>(out_row(block.row_begin), alpha, weights_of(scores), steps);
     } else {
-      add_values_one_by_one(block, alpha, scores, keys);
+      add_values_one_by_one(block, alpha, weights_of(scores), keys);
     }
   }
 
@@ -163,6 +200,10 @@ class TileForward {
     return seen;
   }
 
+  static KvRange from_key(int32_t first_key, KvRange range) {
+    return {first_key + range.begin, first_key + range.end};
+  }
+
   static bool contains(KvRange outer, KvRange inner) {
     return outer.begin <= inner.begin && inner.end <= outer.end;
   }
@@ -173,31 +214,32 @@ class TileForward {
     return {larger(visible.begin, keys.begin), smaller(visible.end, keys.end)};
   }
 
-  // scores := q k^T on the whole panels that hold the keys of `wanted`; returns the panels' keys.
+  // scores := q k^T on the whole panels that hold the keys of `wanted`; returns the panels' keys,
+  // counted from the tile's first.
   template <int kRows>
   KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) const {
-    const Real* q = q_ + block.row_begin * tile_.D;
+    const Number* q = q_ + block.row_begin * D_steps_;
     const auto sign = static_cast<Real>(tile_.sign);
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < wanted.end - keys.begin; key += kPanelKeys) {
-      multiply_queries_keys<Lanes, kRows, kBlockVecs, kTileKeys>(scores + key, q,
-                                                                 k_ + key * tile_.D, tile_.D, sign);
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys>(
+          scores + key, q, k_ + key * D_steps_, D_steps_, sign);
     }
-    return {keys.begin + begin, keys.begin + key};
+    return {begin, key};
   }
 
   // scores := -inf where a row does not see the key, or where a panel has none.
   template <int kRows>
-  void hide(Block<kRows> block, Real* scores, KvRange panels, KvRange keys) const {
+  void hide(Block<kRows> block, Real* scores, KvRange panels, int32_t first_key) const {
     using Integer = typename Lanes::Integer;
     for (int i = 0; i < kRows; ++i) {
       // The padding takes the last row's mask.
       const KvRange visible = tile_.visible[block.row_begin + smaller(i, block.rows - 1)];
       const auto begin = Lanes::splat_bits(static_cast<Integer>(visible.begin));
       const auto end = Lanes::splat_bits(static_cast<Integer>(visible.end));
-      auto key = Lanes::iota() + Lanes::splat_bits(static_cast<Integer>(panels.begin));
-      Real* s = scores + i * kTileKeys - keys.begin;
+      auto key = Lanes::iota() + Lanes::splat_bits(static_cast<Integer>(first_key + panels.begin));
+      Real* s = scores + i * kTileKeys;
       for (int32_t n = panels.begin; n < panels.end; n += kLanes) {
         const auto hidden = (key < begin) | (key >= end);
         Lanes::store(hidden ? Lanes::splat(-kInfinity<Real>) : Lanes::load(s + n), s + n);
@@ -207,62 +249,69 @@ class TileForward {
   }
 
   // A NaN is passed over, as in max_of: it reaches the row through its weight.
-  static Real largest(const Real* s, int count) {
+  static Real largest(const Real* s, KvRange panels) {
     Vec m = Lanes::splat(-kInfinity<Real>);
-    for (int n = 0; n < count; n += kLanes) m = Lanes::max(Lanes::load(s + n), m);
+    for (int n = panels.begin; n < panels.end; n += kLanes) m = Lanes::max(Lanes::load(s + n), m);
     return Lanes::max_of_lanes(m);
   }
 
-  // s := 2^(s * scale_log2 - base); returns the sum.
-  Real weigh(Real* s, int count, Real base) const {
+  // Scores s become weights p = 2^(s * scale_log2 - base), in the same place; returns their sum.
+  Real weigh(Real* s, KvRange panels, Real base) const {
     const Vec scale_log2 = Lanes::splat(static_cast<Real>(tile_.scale_log2));
+    Weight* p = weights_of(s);
     Vec sum = {};
-    for (int n = 0; n < count; n += kLanes) {
+    for (int n = panels.begin; n < panels.end; n += kLanes) {
       const Vec x = Lanes::load(s + n) * scale_log2 - Lanes::splat(base);
-      const Vec p = exp2_of_lanes<Lanes, Real>(x);
-      Lanes::store(p, s + n);
-      sum += p;
+      const Vec weights = exp2_of_lanes<Lanes, Real>(x);
+      Lanes::store(weights, p + n);
+      sum += weights;
     }
     return Lanes::sum_of_lanes(sum);
   }
 
-  // out := alpha * out + p v over the keys of `wanted`, for kRows rows of p and out.
+  static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
+
+  // out := alpha * out + p v over `steps` of the tile, for kRows rows of p and out.
   template <int kRows>
-  void add_values_of(Real* out, const Real* alpha, const Real* p, KvRange wanted,
-                     KvRange keys) const {
-    const int32_t skipped = wanted.begin - keys.begin;
-    p += skipped;
-    const Real* v = v_ + skipped * v_stride_;
-    const int count = wanted.end - wanted.begin;
+  void add_values_of(Real* out, const Real* alpha, const Weight* p, KvRange steps) const {
+    p += steps.begin * Operand::kDepth;
+    const Number* v = v_ + steps.begin * v_stride_;
+    const int count = steps.end - steps.begin;
     int64_t d = 0;
     for (; d + kBlockVecs * kLanes <= out_stride_; d += kBlockVecs * kLanes) {
-      add_values<Lanes, kRows, kBlockVecs, kTileKeys>(out + d, out_stride_, alpha, p, v + d,
-                                                      v_stride_, count);
+      add_values<Operand, kRows, kBlockVecs, kWeightStride>(out + d, out_stride_, alpha, p, v + d,
+                                                            v_stride_, count);
     }
     for (; d < out_stride_; d += kLanes) {
-      add_values<Lanes, kRows, 1, kTileKeys>(out + d, out_stride_, alpha, p, v + d, v_stride_,
-                                             count);
+      add_values<Operand, kRows, 1, kWeightStride>(out + d, out_stride_, alpha, p, v + d, v_stride_,
+                                                   count);
     }
   }
 
   // Of two rows in one block one may see a NaN value that is hidden from the other, whose weight 0
   // would not stop it. Here each row touches only the values that it sees.
   template <int kRows>
-  void add_values_one_by_one(Block<kRows> block, const Real* alpha, const Real* p, KvRange keys) {
+  void add_values_one_by_one(Block<kRows> block, const Real* alpha, const Weight* p, KvRange keys) {
     for (int i = 0; i < block.rows; ++i) {
       const int row = block.row_begin + i;
       const KvRange seen = row_keys(row, keys);
       if (seen.begin >= seen.end) continue;
-      add_values_of<1>(out_row(row), alpha + i, p + i * kTileKeys, seen, keys);
+      pack_values(seen, keys);
+      add_values_of<1>(out_row(row), alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys));
     }
+    pack_values(keys, keys);
   }
 
-  bool values_finite(KvRange wanted, KvRange keys) const {
+  bool values_finite(KvRange wanted) const {
+    const auto load = [](const auto& rows) { return Lanes::load(rows[0]); };
     Vec zero_or_nan = {};
     for (int32_t key = wanted.begin; key < wanted.end; ++key) {
-      const Real* row = v_ + (key - keys.begin) * v_stride_;
-      for (int64_t d = 0; d < out_stride_; d += kLanes) {
-        zero_or_nan += Lanes::load(row + d) * Lanes::splat(0);
+      const Element* row = static_cast<const Element*>(tile_.v) + key * tile_.v_stride;
+      for (int64_t d = 0; d < tile_.D_v; d += kLanes) {
+        const Element* const columns[1] = {row + d};
+        const int64_t left = tile_.D_v - d;
+        const Vec values = left < kLanes ? load_first<kLanes>(columns, left, load) : load(columns);
+        zero_or_nan += values * Lanes::splat(0);
       }
     }
     return Lanes::sum_of_lanes(zero_or_nan) == 0;
@@ -291,40 +340,46 @@ class TileForward {
   static int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
   static int64_t whole_vectors(int64_t numbers) { return (numbers + kLanes - 1) / kLanes * kLanes; }
 
+  static int64_t out_reals(int64_t D_v) { return QueryTile::kMaxRows * whole_vectors(D_v); }
   // The vector more is for pack_transposed's last store.
   static int64_t query_numbers(int64_t D) {
-    return whole_vectors((QueryTile::kMaxRows + kBlockRows) * D) + kLanes;
+    return whole_vectors((QueryTile::kMaxRows + kBlockRows) * steps_of<Operand>(D)) + kLanes;
   }
-  static int64_t key_numbers(int64_t D) { return kTileKeys * D + kLanes; }
-  static int64_t value_numbers(int64_t D_v) { return kTileKeys * whole_vectors(D_v); }
+  static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D) + kLanes; }
+  static int64_t value_numbers(int64_t D_v) {
+    return steps_of<Operand>(kTileKeys) * whole_vectors(D_v);
+  }
 
   const QueryTile& tile_;
+  const int64_t D_steps_;
   const int64_t out_stride_;
-  Real* const q_;    // per block [D][kRows]
-  Real* const k_;    // per panel [D][kPanelKeys]
-  Real* const out_;  // [rows][out_stride_], unnormalised
-  Real* const packed_v_;
-  const Real* v_ = nullptr;  // [kTileKeys][v_stride_]: packed, or the caller's own rows
+  Real* const out_;            // [rows][out_stride_], unnormalised
+  Number* const q_;            // per block [D_steps_][kRows]
+  Number* const k_;            // per panel [D_steps_][kPanelKeys]
+  Number* const packed_v_;     // [steps of a tile][out_stride_]
+  const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
   SoftmaxRow<Real> rows_[QueryTile::kMaxRows + kBlockRows];
 };
 
+template <class Isa, class Element>
+TileKernel tile_kernel_of() {
+  return {TileForward<Isa, Element>::scratch_bytes, TileForward<Isa, Element>::attend};
+}
+
 template <class Isa>
 TileKernel tile_kernel_of(DType dtype) {
-  const auto kernel = []<class Element>(Element) {
-    return TileKernel{TileForward<Isa, Element>::scratch_bytes, TileForward<Isa, Element>::attend};
-  };
   switch (dtype) {
     case DType::f16:
-      return kernel(F16{});
+      return tile_kernel_of<Isa, F16>();
     case DType::bf16:
-      return kernel(Bf16{});
+      return tile_kernel_of<Isa, Bf16>();
     case DType::f32:
-      return kernel(float{});
+      return tile_kernel_of<Isa, float>();
     case DType::f64:
       break;
   }
-  return kernel(double{});
+  return tile_kernel_of<Isa, double>();
 }
 
 }  // namespace online_attention::cpu

@@ -3,13 +3,14 @@
 
 namespace online_attention::cpu {
 
-enum class InstructionSet { baseline, avx2, avx512 };
+enum class InstructionSet { baseline, avx2, avx512, avx512_bf16 };
 
 // The widest set that this build and this processor have; the environment variable
-// ONLINE_ATTENTION_CPU = baseline | avx2 | avx512, read once, asks for a narrower one.
+// ONLINE_ATTENTION_CPU = baseline | avx2 | avx512 | avx512_bf16, read once, asks for a narrower
+// one.
 InstructionSet chosen_instruction_set();
 
-// Its name: "baseline", "avx2" or "avx512".
+// Its name, as written above.
 const char* instruction_set();
 
 }  // namespace online_attention::cpu

@@ -60,5 +60,8 @@ TileKernel tile_kernel(DType dtype);
 namespace avx512 {
 TileKernel tile_kernel(DType dtype);
 }
+namespace avx512_bf16 {
+TileKernel tile_kernel(DType dtype);
+}
 
 }  // namespace online_attention::cpu

@@ -3,6 +3,7 @@
 // that is being compiled; it makes every instantiation distinct from those of the other files.
 #pragma once
 
+#include <cstddef>
 #include <utility>
 
 #include "cpu/element.h"
@@ -45,11 +46,12 @@ struct Simd {
   // The larger of two; where one is NaN, `other`.
   static Vec max(Vec a, Vec other) { return a > other ? a : other; }
 
-  static Vec load(const Real* from) {
+  static Vec load_bits(const void* from) {
     Vec v;
     __builtin_memcpy(&v, from, sizeof v);
     return v;
   }
+  static Vec load(const Real* from) { return load_bits(from); }
   static Vec load(const F16* from) { return Isa::load(from); }
   static Vec load(const Bf16* from) {
     Halves halves;
@@ -69,13 +71,7 @@ struct Simd {
     __builtin_memcpy(to, &halves, sizeof halves);
   }
 
-  // The first `count` < kLanes elements; zeros behind them. Touches no other memory.
-  template <class Element>
-  static Vec load_first(const Element* from, int64_t count) {
-    Element padded[kLanes] = {};
-    __builtin_memcpy(padded, from, static_cast<std::size_t>(count) * sizeof(Element));
-    return load(padded);
-  }
+  // The first `count` < kLanes lanes. Touches no other memory.
   template <class Element>
   static void store_first(Vec v, Element* to, int64_t count) {
     Element padded[kLanes];

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How stored numbers enter the two matrix products. One step of a micro-kernel adds, to each sum of
+// a vector, the products of kDepth pairs of elements: those in one Number of the left operand and
+// one Number (lane) of the right operand.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/simd.h"
+
+namespace online_attention::cpu {
+
+// Every element by itself, in the type it is computed in.
+template <class Isa, class Stored>
+struct Widened {
+  using Element = Stored;
+  using Real = RealOf<Element>;
+  using Number = Real;
+  using Weight = Real;              // how p is stored
+  using Lanes = Simd<Isa, Number>;  // of numbers
+  using Sums = Simd<Isa, Real>;     // of sums, as many lanes
+  using Vec = typename Lanes::Vec;
+  static constexpr int kDepth = 1;
+
+  // kLanes steps along one row.
+  static Vec load_steps(const Element* row) { return Lanes::load(row); }
+  // One step along kDepth rows, for kLanes columns.
+  static Vec load_columns(const Element* const (&rows)[1]) { return Lanes::load(rows[0]); }
+
+  static Number weights(const Weight* p) { return *p; }
+  static Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+
+// `load` of the first `count` elements of each row and zeros behind them. Touches no other memory.
+template <int kElements, int kRows, class Element, class Load>
+auto load_first(const Element* const (&rows)[kRows], int64_t count, Load load) {
+  Element padded[kRows][kElements] = {};
+  const Element* padded_rows[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    __builtin_memcpy(padded[i], rows[i], static_cast<std::size_t>(count) * sizeof(Element));
+    padded_rows[i] = padded[i];
+  }
+  return load(padded_rows);
+}
+
+}  // namespace online_attention::cpu
