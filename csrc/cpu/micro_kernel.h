@@ -47,6 +47,9 @@ void pack_transposed(typename Operand::Number* to, int64_t D, int valid, Row row
   }
 }
 
+// Longer dot products are sums of parts of this length, to keep rounding errors small.
+inline constexpr int64_t kStepsSummed = 128;
+
 // scores[row][column] = sign * <q_row, k_column>, for q [steps][kRows] and k [steps][kVecs *
 // kLanes] as packed above; scores has rows of kStride numbers.
 template <class Operand, int kRows, int kVecs, int kStride>
@@ -55,25 +58,30 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
                            typename Operand::Real sign) {
   using Lanes = typename Operand::Lanes;
   using Sums = typename Operand::Sums;
-  typename Sums::Vec sum[kRows][kVecs] = {};
-  for (int64_t step = 0; step < steps; ++step, q += kRows, k += kVecs * Lanes::kLanes) {
-    typename Lanes::Vec key[kVecs];
+  for (int64_t begin = 0; begin == 0 || begin < steps; begin += kStepsSummed) {
+    const int64_t end = steps - begin < kStepsSummed ? steps : begin + kStepsSummed;
+    typename Sums::Vec sum[kRows][kVecs] = {};
+    for (int64_t step = begin; step < end; ++step, q += kRows, k += kVecs * Lanes::kLanes) {
+      typename Lanes::Vec key[kVecs];
 #pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * Lanes::kLanes);
+      for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * Lanes::kLanes);
 #pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const auto query = Lanes::splat(q[row]);
+      for (int row = 0; row < kRows; ++row) {
+        const auto query = Lanes::splat(q[row]);
 #pragma GCC unroll 16
-      for (int i = 0; i < kVecs; ++i) {
-        sum[row][i] = Operand::multiply_add(sum[row][i], query, key[i]);
+        for (int i = 0; i < kVecs; ++i) {
+          sum[row][i] = Operand::multiply_add(sum[row][i], query, key[i]);
+        }
       }
     }
-  }
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i) {
-      Sums::store(sum[row][i] * Sums::splat(sign), scores + row * kStride + i * Sums::kLanes);
+      for (int i = 0; i < kVecs; ++i) {
+        auto* s = scores + row * kStride + i * Sums::kLanes;
+        const auto signed_sum = sum[row][i] * Sums::splat(sign);
+        Sums::store(begin == 0 ? signed_sum : Sums::load(s) + signed_sum, s);
+      }
     }
   }
 }
