@@ -204,7 +204,7 @@ def any_autocast_enabled() -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as torch's own attention gets them under autocast: float64 stays as it is."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type not in checks.DEVICES or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

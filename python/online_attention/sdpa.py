@@ -56,20 +56,14 @@ def scaled_dot_product_attention(
         checks.check_unbuilt(attn_mask=attn_mask, dropout_p=dropout_p)
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         checks.check_tensors(NAMES, query, key, value)
-    if _is_plain(query, key, value, enable_gqa):
+    if (
+        query.dim() == key.dim() == value.dim() == 4
+        and query.size(0) == key.size(0) == value.size(0)
+        and key.size(1) == value.size(1)
+        and (enable_gqa or query.size(1) == key.size(1))
+    ):  # already (B, H, S, D), with nothing to broadcast
         return forward(query, key, value, is_causal, scale, TOP_LEFT, None, NAMES)[0]
     return _general(query, key, value, is_causal, scale, enable_gqa)
-
-
-def _is_plain(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> bool:
-    """Whether the tensors are already (B, H, S, D), with nothing to broadcast."""
-    q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
-    return (
-        len(q_shape) == len(k_shape) == len(v_shape) == 4
-        and q_shape[0] == k_shape[0] == v_shape[0]
-        and k_shape[1] == v_shape[1]
-        and (gqa or q_shape[1] == k_shape[1])
-    )
 
 
 def _general(
