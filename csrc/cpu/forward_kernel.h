@@ -24,7 +24,7 @@ class TileForward {
          begin += kTileKeys) {
       const auto keys_begin = static_cast<int32_t>(begin);
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
-      forward.pack_keys(keys);
+      if (!tile.few_rows) forward.pack_keys(keys);
       forward.pack_values(keys, keys);
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
@@ -92,9 +92,26 @@ class TileForward {
     const auto row = [&](int i) {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
-    pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
+    if (tile_.few_rows) {
+      pack_in_rows(block);
+    } else {
+      pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
+    }
     Real* out = out_row(block.row_begin);
     for (int64_t i = 0; i < kRows * out_stride_; ++i) out[i] = 0;
+  }
+
+  template <int kRows>
+  void pack_in_rows(Block<kRows> block) {
+    constexpr int kDims = kLanes * Operand::kDepth;
+    for (int i = 0; i < kRows; ++i) {
+      const int row_in_tile = block.row_begin + smaller(i, block.rows - 1);
+      const auto* row = static_cast<const Element*>(tile_.q[row_in_tile]);
+      Number* to = q_ + (block.row_begin + i) * whole_vectors(D_steps_);
+      for (int64_t d = 0; d < tile_.D; d += kDims, to += kLanes) {
+        Operand::Lanes::store(load_some_steps<Operand>(row + d, tile_.D - d), to);
+      }
+    }
   }
 
   void pack_keys(KvRange keys) {
@@ -127,19 +144,7 @@ class TileForward {
         const int32_t key = keys.begin + step * Operand::kDepth + i;
         rows[i] = wanted.begin <= key && key < wanted.end ? v + key * tile_.v_stride : nullptr;
       }
-      pack_value_step(rows, packed_v_ + step * v_stride_);
-    }
-  }
-
-  void pack_value_step(const Element* (&rows)[Operand::kDepth], Number* to) const {
-    static constexpr Element kZeros[kLanes] = {};
-    const auto load = [](const auto& columns) { return Operand::load_columns(columns); };
-    for (int64_t d = 0; d < tile_.D_v; d += kLanes) {
-      const Element* columns[Operand::kDepth];
-      for (int i = 0; i < Operand::kDepth; ++i) columns[i] = rows[i] ? rows[i] + d : kZeros;
-      const int64_t left = tile_.D_v - d;
-      Operand::Lanes::store(left < kLanes ? load_first<kLanes>(columns, left, load) : load(columns),
-                            to + d);
+      pack_columns<Operand>(packed_v_ + step * v_stride_, rows, D_v);
     }
   }
 
@@ -218,11 +223,21 @@ class TileForward {
   // counted from the tile's first.
   template <int kRows>
   KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) const {
-    const Number* q = q_ + block.row_begin * D_steps_;
     const auto sign = static_cast<Real>(tile_.sign);
+    const int32_t count = wanted.end - keys.begin;
+    if (tile_.few_rows) {
+      const int32_t begin = (wanted.begin - keys.begin) / kLanes * kLanes;
+      const auto* k = static_cast<const Element*>(tile_.k) + (keys.begin + begin) * tile_.k_stride;
+      const auto row = [&](int i) { return k + i * tile_.k_stride; };
+      const int64_t q_stride = whole_vectors(D_steps_);
+      dot_queries_keys<Operand, kRows, kTileKeys>(scores + begin, q_ + block.row_begin * q_stride,
+                                                  q_stride, tile_.D, count - begin, row, sign);
+      return {begin, static_cast<int32_t>(whole_vectors(count))};
+    }
+    const Number* q = q_ + block.row_begin * D_steps_;
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
-    for (; key < wanted.end - keys.begin; key += kPanelKeys) {
+    for (; key < count; key += kPanelKeys) {
       multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys>(
           scores + key, q, k_ + key * D_steps_, D_steps_, sign);
     }
@@ -303,18 +318,11 @@ class TileForward {
   }
 
   bool values_finite(KvRange wanted) const {
-    const auto load = [](const auto& rows) { return Lanes::load(rows[0]); };
-    Vec zero_or_nan = {};
     for (int32_t key = wanted.begin; key < wanted.end; ++key) {
-      const Element* row = static_cast<const Element*>(tile_.v) + key * tile_.v_stride;
-      for (int64_t d = 0; d < tile_.D_v; d += kLanes) {
-        const Element* const columns[1] = {row + d};
-        const int64_t left = tile_.D_v - d;
-        const Vec values = left < kLanes ? load_first<kLanes>(columns, left, load) : load(columns);
-        zero_or_nan += values * Lanes::splat(0);
-      }
+      const auto* row = static_cast<const Element*>(tile_.v) + key * tile_.v_stride;
+      if (!all_finite<Lanes>(row, tile_.D_v)) return false;
     }
-    return Lanes::sum_of_lanes(zero_or_nan) == 0;
+    return true;
   }
 
   template <int kRows>

@@ -16,7 +16,6 @@ constexpr int64_t steps_of(int64_t elements) {
 // behind them up to kColumns. May write up to a vector more than it has to.
 template <class Operand, int kColumns, class Row>
 void pack_transposed(typename Operand::Number* to, int64_t D, int valid, Row row) {
-  using Element = typename Operand::Element;
   using Lanes = typename Operand::Lanes;
   constexpr int kLanes = Lanes::kLanes;
   constexpr int kParts = (kColumns + kLanes - 1) / kLanes;
@@ -29,12 +28,8 @@ void pack_transposed(typename Operand::Number* to, int64_t D, int valid, Row row
         const int column = part * kLanes + lane;
         if (column >= kColumns || column >= valid) {
           block[part][lane] = typename Lanes::Vec{};
-        } else if (dims == kDims) {
-          block[part][lane] = Operand::load_steps(row(column) + d_begin);
         } else {
-          const Element* const rows[1] = {row(column) + d_begin};
-          block[part][lane] = load_first<kDims>(
-              rows, dims, [](const auto& padded) { return Operand::load_steps(padded[0]); });
+          block[part][lane] = load_some_steps<Operand>(row(column) + d_begin, dims);
         }
       }
       Lanes::transpose(block[part]);
@@ -45,6 +40,35 @@ void pack_transposed(typename Operand::Number* to, int64_t D, int valid, Row row
       to += kColumns - kParts * kLanes;
     }
   }
+}
+
+// One step of to[step][column] = rows[...][column], for D columns; a null row counts as zeros.
+// Writes whole vectors.
+template <class Operand>
+void pack_columns(typename Operand::Number* to,
+                  const typename Operand::Element* const (&rows)[Operand::kDepth], int64_t D) {
+  constexpr int kLanes = Operand::Lanes::kLanes;
+  static constexpr typename Operand::Element kZeros[kLanes] = {};
+  const auto load = [](const auto& columns) { return Operand::load_columns(columns); };
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const typename Operand::Element* columns[Operand::kDepth];
+    for (int i = 0; i < Operand::kDepth; ++i) columns[i] = rows[i] ? rows[i] + d : kZeros;
+    const bool whole = D - d >= kLanes;
+    Operand::Lanes::store(whole ? load(columns) : load_first<kLanes>(columns, D - d, load), to + d);
+  }
+}
+
+template <class Lanes, class Element>
+bool all_finite(const Element* row, int64_t D) {
+  const auto load = [](const auto& rows) { return Lanes::load(rows[0]); };
+  typename Lanes::Vec zero_or_nan = {};
+  for (int64_t d = 0; d < D; d += Lanes::kLanes) {
+    const Element* const rows[1] = {row + d};
+    const bool whole = D - d >= Lanes::kLanes;
+    zero_or_nan +=
+        (whole ? load(rows) : load_first<Lanes::kLanes>(rows, D - d, load)) * Lanes::splat(0);
+  }
+  return Lanes::sum_of_lanes(zero_or_nan) == 0;
 }
 
 // Longer dot products are sums of parts of this length, to keep rounding errors small.
@@ -82,6 +106,40 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
         const auto signed_sum = sum[row][i] * Sums::splat(sign);
         Sums::store(begin == 0 ? signed_sum : Sums::load(s) + signed_sum, s);
       }
+    }
+  }
+}
+
+// The same for few rows, whose products do not pay for the packing of the keys: each key is read
+// once, in place. q is [kRows][q_stride], in steps and with zeros behind D; row(i) is key i.
+template <class Operand, int kRows, int kStride, class Row>
+void dot_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
+                      int64_t q_stride, int64_t D, int keys, Row row, typename Operand::Real sign) {
+  using Element = typename Operand::Element;
+  using Lanes = typename Operand::Lanes;
+  using Sums = typename Operand::Sums;
+  constexpr int kLanes = Lanes::kLanes;
+  constexpr int kDims = kLanes * Operand::kDepth;
+  for (int first = 0; first < keys; first += kLanes) {
+    typename Sums::Vec parts[kRows][kLanes] = {};
+    for (int i = 0; i < kLanes && first + i < keys; ++i) {
+      const Element* key = row(first + i);
+      typename Sums::Vec sum[kRows] = {};
+      for (int64_t d = 0, step = 0; d < D; d += kDims, step += kLanes) {
+        const auto k = load_some_steps<Operand>(key + d, D - d);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          sum[r] = Operand::multiply_add(sum[r], Lanes::load(q + r * q_stride + step), k);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) parts[r][i] = sum[r];
+    }
+    for (int r = 0; r < kRows; ++r) {
+      Sums::transpose(parts[r]);
+      auto total = parts[r][0];
+      for (int i = 1; i < kLanes; ++i) total += parts[r][i];
+      Sums::store(total * Sums::splat(sign), scores + r * kStride + first);
     }
   }
 }

@@ -43,4 +43,14 @@ auto load_first(const Element* const (&rows)[kRows], int64_t count, Load load) {
   return load(padded_rows);
 }
 
+// kLanes steps along a row of which `elements` are left; zeros behind these.
+template <class Operand>
+typename Operand::Vec load_some_steps(const typename Operand::Element* row, int64_t elements) {
+  constexpr int kElements = Operand::Lanes::kLanes * Operand::kDepth;
+  if (elements >= kElements) return Operand::load_steps(row);
+  const typename Operand::Element* const rows[1] = {row};
+  return load_first<kElements>(rows, elements,
+                               [](const auto& padded) { return Operand::load_steps(padded[0]); });
+}
+
 }  // namespace online_attention::cpu

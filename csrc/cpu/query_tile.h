@@ -31,7 +31,11 @@ namespace online_attention::cpu {
 struct QueryTile {
   static constexpr int kMaxRows = 192;
 
+  // A kv head with no more query rows than this has them multiplied with the keys in place.
+  static constexpr int kFewRows = 8;
+
   int rows = 0;
+  bool few_rows = false;       // of the whole kv head, so that lengths alone decide
   const void* q[kMaxRows];     // [rows][D]
   void* out[kMaxRows];         // [rows][D_v]
   void* lse[kMaxRows];         // [rows]
