@@ -79,8 +79,9 @@ void run(const Runner& runner, const ForwardArgs& args, Launch launch, const Ten
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-                                   std::optional<double> scale_or_default, int64_t alignment, int64_t window_left,
-                                   int64_t window_right, bool batch_invariant) {
+                                   std::optional<double> scale_or_default, int64_t alignment,
+                                   int64_t window_left, int64_t window_right,
+                                   bool batch_invariant) {
   const Problem problem = problem_of(q_any, k_any, v_any);
   const double scale =
       scale_or_default.value_or(1.0 / std::sqrt(static_cast<double>(problem.shape.D)));
@@ -122,7 +123,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
 
 }  // namespace
 
-// scale: None is 1/sqrt(D). window_*: keys visible beyond the diagonal on that side, -1 = all; causal is window_right = 0.
+// scale: None is 1/sqrt(D). window_*: keys visible beyond the diagonal on that side, -1 = all;
+// causal is window_right = 0.
 STABLE_TORCH_LIBRARY(online_attention, m) {
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, float? scale, int alignment, SymInt window_left, "
