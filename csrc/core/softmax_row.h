@@ -13,7 +13,7 @@ namespace online_attention {
 
 template <typename Real>
 struct SoftmaxRow {
-  Real m = -kInfinity<Real>;
+  Real m = -kInfinity<Real>;  // the largest score seen; after raise_lazily, at most slack below it
   Real l = 0;
 
   // m, or 0 while the row has seen nothing. The only guard against (-inf) - (-inf) in the project.
@@ -25,6 +25,13 @@ struct SoftmaxRow {
     const Real m_old = m;
     m = max_of(m, tile_max);
     return exp2_of(m_old - base());
+  }
+
+  // (E6) with slack: m stays where it is until the tile's maximum exceeds it by more than `slack`,
+  // and alpha is 1 until then. Weights may reach 2^slack; outputs and lse are the same, because
+  // they do not depend on which m a sum is taken under. For kernels that skip rescaling by 1.
+  ONLINE_ATTENTION_HD Real raise_lazily(Real tile_max, Real slack) {
+    return tile_max > m + slack ? raise(tile_max) : Real(1);
   }
 
   // (E7) p = 2^(s2 - m), the unnormalised probability of one score. A hidden score (-inf) gives 0.

@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   SoftmaxRow<Real> whole;
   for (uint32_t split = 0; split < splits; ++split) {
-    whole = SoftmaxRow<Real>::merge(
-        whole, SoftmaxRow<Real>::from_lse(partial.lse[split * partial.rows + row]));
+    whole = SoftmaxRow<Real>::merge(whole, partial.states[split * partial.rows + row]);  // (E11)
   }
   const int64_t head = row / shape.S_q;
   Element* out = args.out.template row<Element>(head / shape.H, head % shape.H, row % shape.S_q);
@@ -34,9 +33,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     Real sum = 0;
     for (uint32_t split = 0; split < splits; ++split) {
       const int64_t slot = split * partial.rows + row;
-      const auto part = SoftmaxRow<Real>::from_lse(partial.lse[slot]);
-      if (part.l == Real(0)) continue;  // saw no key
-      sum += part.rescale_to(whole) * partial.out[slot * shape.D_v + column];
+      const Real factor = partial.states[slot].rescale_to(whole);  // (E12)
+      sum += factor * partial.out[slot * partial.padded_columns(shape) + column];
     }
     out[column] = static_cast<Element>(sum * inverse_sum);
   }

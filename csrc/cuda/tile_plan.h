@@ -7,6 +7,7 @@
 #pragma once
 
 #include "core/problem.h"
+#include "core/softmax_row.h"
 
 namespace online_attention::cuda {
 
@@ -99,23 +100,30 @@ struct TileShape {
 // more than kMaxTiles tiles gets a plan that launch() refuses.
 TilePlan plan_tiles(const ForwardArgs& args, const TileShape& tile, int multiprocessors);
 
-// The partial results of a plan with more than one split, in the workspace: outputs in the
-// accumulator's type [splits, B * H * S_q, D_v], then their lse [splits, B * H * S_q].
+// The partial results of a plan with more than one split, in the workspace: outputs before
+// normalisation [splits, B * H * S_q, D_v] in the accumulator's type, then the rows' states
+// [splits, B * H * S_q].
 template <typename Real>
 struct SplitBuffers {
   Real* out = nullptr;
-  Real* lse = nullptr;
+  SoftmaxRow<Real>* states = nullptr;
   int64_t rows = 0;
 
   static int64_t bytes(const TilePlan& plan, const Shape& shape) {
     if (plan.splits == 1) return 0;
-    return plan.splits * shape.B * shape.H * shape.S_q * (shape.D_v + 1) *
-           static_cast<int64_t>(sizeof(Real));
+    const int64_t row_bytes = padded_columns(shape) * sizeof(Real) + sizeof(SoftmaxRow<Real>);
+    return plan.splits * shape.B * shape.H * shape.S_q * row_bytes;
   }
   static SplitBuffers in(void* workspace, const TilePlan& plan, const Shape& shape) {
+    if (plan.splits == 1) return {};
     const int64_t rows = shape.B * shape.H * shape.S_q;
     Real* out = static_cast<Real*>(workspace);
-    return {out, out == nullptr ? nullptr : out + plan.splits * rows * shape.D_v, rows};
+    Real* behind = out + plan.splits * rows * padded_columns(shape);
+    return {out, reinterpret_cast<SoftmaxRow<Real>*>(behind), rows};
+  }
+  // Even, so that the states behind the outputs are aligned.
+  ONLINE_ATTENTION_HD static int64_t padded_columns(const Shape& shape) {
+    return shape.D_v + shape.D_v % 2;
   }
 };
 

@@ -27,7 +27,7 @@ struct ForwardConfig {
 template <int kHeadDim>
 inline constexpr ForwardConfig kAmpere{};
 template <>
-inline constexpr ForwardConfig kAmpere<64>{64, 2, 4, 64, 2, true};
+inline constexpr ForwardConfig kAmpere<64>{64, 2, 4, 128, 2, false};
 template <>
 inline constexpr ForwardConfig kAmpere<96>{96, 2, 4, 64, 2, false};
 template <>
@@ -45,7 +45,7 @@ inline constexpr ForwardConfig kTuring<64>{64, 2, 4, 64, 1, true};
 template <>
 inline constexpr ForwardConfig kTuring<96>{96, 2, 4, 64, 1, false};
 template <>
-inline constexpr ForwardConfig kTuring<128>{128, 2, 4, 64, 1, false};
+inline constexpr ForwardConfig kTuring<128>{128, 2, 4, 32, 1, false};
 template <>
 inline constexpr ForwardConfig kTuring<192>{192, 1, 4, 32, 1, false};
 template <>

@@ -296,17 +296,14 @@ struct SimtBlock {
     return __syncthreads_or(found) != 0;
   }
 
-  // (E9): completes the row sums over the threads that share a row and normalises the outputs.
-  __device__ __forceinline__ void normalise() {
+  // Adds up the parts of the row sums that the threads of a row hold.
+  __device__ __forceinline__ void complete_sums() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int lane = 1; lane < Config::kThreadsX; lane *= 2) {
         softmax[i].l += __shfl_xor_sync(0xffffffffu, softmax[i].l, lane);
       }
-      const Real inverse_sum = softmax[i].inverse_sum();
-#pragma unroll
-      for (int j = 0; j < kOuts; ++j) out[i][j] *= inverse_sum;
     }
   }
 
@@ -326,19 +323,21 @@ struct SimtBlock {
       const bool writes_lse = tx == 0 && at.column == 0;
       if (plan.splits > 1) {
         const int64_t slot = at.split * partial.rows + lse_row;
-        if (writes_lse) partial.lse[slot] = softmax[i].lse();
-        store_row(partial.out + slot * args.shape.D_v, out[i]);
+        if (writes_lse) partial.states[slot] = softmax[i];
+        store_row(partial.out + slot * partial.padded_columns(args.shape), out[i], Real(1));
       } else {
         if (writes_lse) static_cast<Real*>(args.lse)[lse_row] = softmax[i].lse();  // (E10)
-        store_row(args.out.row<Element>(at.b, h, q_idx), out[i]);
+        store_row(args.out.row<Element>(at.b, h, q_idx), out[i], softmax[i].inverse_sum());  // (E9)
       }
     }
   }
   template <typename Target>
-  __device__ __forceinline__ void store_row(Target* target, const Real (&row)[kOuts]) const {
+  __device__ __forceinline__ void store_row(Target* target, const Real (&row)[kOuts],
+                                            Real factor) const {
 #pragma unroll
     for (int j = 0; j < kOuts; ++j) {
-      if (out_column(j) < args.shape.D_v) target[out_column(j)] = static_cast<Target>(row[j]);
+      if (out_column(j) < args.shape.D_v)
+        target[out_column(j)] = static_cast<Target>(row[j] * factor);
     }
   }
 };
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(128, (sizeof(Element) == 8 ? 2 : 3)) simt_forw
       }
     }
   }
-  block.normalise();  // (E9)
+  block.complete_sums();
   block.store(partial);
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Plans a call of the tensor-core runner and sends it to the kernel compiled for its head dims.
 #include <algorithm>
+#include <iterator>
 
 #include "cuda/combine.h"
 #include "cuda/portable/forward.h"

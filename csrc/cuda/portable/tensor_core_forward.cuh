@@ -13,38 +13,53 @@
 
 namespace online_attention::cuda::portable {
 
+// A launch. The scale once more, in single precision, so that instructions read it from constant
+// memory.
+struct TensorCoreCall {
+  ForwardArgs args;
+  TilePlan plan;
+  SplitBuffers<float> partial;
+  float sign, scale_log2;
+  bool aligned;  // every row of every tensor is readable in 16-byte pieces
+};
+
+// `x`, for kv_idx >= 0. What is the same for every key tile, addresses above all, the compiler
+// would keep in dozens of registers that scores and outputs need. Tied to the loop variable it is
+// computed where it is used, in an instruction or two.
+template <typename Int>
+__device__ __forceinline__ Int tied(Int x, int32_t kv_idx) {
+  return x + static_cast<Int>(kv_idx >> 31);
+}
+
 // The block's view of the call: what it reads and which rows it owns.
 template <typename Element, ForwardConfig kConfig>
 struct BlockContext {
+  const TensorCoreCall& call;
   const ForwardArgs& args;
   const TilePlan& plan;
   TileCoord at;
   uint32_t q_smem, k_smem, v_smem;
-  RowSource<Element> q, k, v;
+  int32_t h_kv;
 
-  __device__ __forceinline__ BlockContext(const ForwardArgs& args, const TilePlan& plan,
-                                          uint32_t smem, bool aligned)
-      : args(args), plan(plan), at(plan.locate(ptx::block_index())) {
+  __device__ __forceinline__ BlockContext(const TensorCoreCall& call, uint32_t index, uint32_t smem)
+      : call(call), args(call.args), plan(call.plan), at(plan.locate(index)) {
     constexpr int kRowBytes = kConfig.head_dim * 2;
     q_smem = smem;
     k_smem = q_smem + kConfig.tile_m() * kRowBytes;
     v_smem = k_smem + kConfig.tile_n * kRowBytes;
-    q = rows_of(args.q, at.h, plan.pack, plan.rows, args.shape.D, aligned);
-    const int32_t h_kv = at.h / plan.group;
-    k = rows_of(args.k, h_kv, 1, args.shape.S_kv, args.shape.D, aligned);
-    v = rows_of(args.v, h_kv, 1, args.shape.S_kv, args.shape.D_v, aligned);
+    h_kv = at.h / plan.group;
   }
 
-  __device__ __forceinline__ RowSource<Element> rows_of(const View& view, int64_t h, int32_t pack,
-                                                        int64_t rows, int64_t length,
-                                                        bool aligned) const {
-    return {view.row<const Element>(at.b, h, 0),
+  // The keys or values of the block's head. The pointer is computed anew for each tile (see tied).
+  __device__ __forceinline__ RowSource<Element> keys_of(const View& view, int64_t length,
+                                                        int32_t kv_begin) const {
+    return {view.row<const Element>(at.b, tied(h_kv, kv_begin), 0),
             view.stride_s,
-            view.stride_h,
-            pack,
-            static_cast<int32_t>(rows),
+            0,
+            1,
+            static_cast<int32_t>(args.shape.S_kv),
             static_cast<int32_t>(length),
-            aligned};
+            call.aligned};
   }
 
   __device__ __forceinline__ int32_t first_row() const { return at.q_tile * kConfig.tile_m(); }
@@ -55,15 +70,24 @@ struct BlockContext {
     return (at.b * args.shape.H + h) * args.shape.S_q + q_idx;
   }
   __device__ __forceinline__ void load_q() const {
+    const RowSource<Element> q{args.q.row<const Element>(at.b, at.h, 0),
+                               args.q.stride_s,
+                               args.q.stride_h,
+                               plan.pack,
+                               plan.rows,
+                               static_cast<int32_t>(args.shape.D),
+                               call.aligned};
     load_tile<kConfig.head_dim, kConfig.tile_m(), kConfig.threads()>(q_smem, q, first_row());
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_k(int32_t kv_begin) const {
-    load_tile<kConfig.head_dim, kConfig.tile_n, kConfig.threads()>(k_smem, k, kv_begin);
+    load_tile<kConfig.head_dim, kConfig.tile_n, kConfig.threads()>(
+        k_smem, keys_of(args.k, args.shape.D, kv_begin), kv_begin);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_v(int32_t kv_begin) const {
-    load_tile<kConfig.head_dim, kConfig.tile_n, kConfig.threads()>(v_smem, v, kv_begin);
+    load_tile<kConfig.head_dim, kConfig.tile_n, kConfig.threads()>(
+        v_smem, keys_of(args.v, args.shape.D_v, kv_begin), kv_begin);
     ptx::cp_async_commit();
   }
   // Until all this thread's copies, and after the barrier everybody's, are in shared memory.
@@ -158,7 +182,7 @@ __device__ __forceinline__ void store_rows(const WarpTile<Element, kConfig>& war
   }
 }
 
-// Writes the warp's rows of one split, normalised, for combine to merge.
+// Writes the warp's rows of one split, before normalisation, for combine to merge.
 template <typename Element, ForwardConfig kConfig>
 __device__ __forceinline__ void store_split(const WarpTile<Element, kConfig>& warp,
                                             const BlockContext<Element, kConfig>& block,
@@ -171,8 +195,8 @@ __device__ __forceinline__ void store_split(const WarpTile<Element, kConfig>& wa
     if (packed >= block.plan.rows) continue;
     const int64_t row = block.output_row(packed);
     const int64_t slot = block.at.split * partial.rows + row;
-    if (Warp::lane() % 4 == 0) partial.lse[slot] = warp.softmax[r].lse();
-    float* target = partial.out + slot * shape.D_v + Warp::lane() % 4 * 2;
+    if (Warp::lane() % 4 == 0) partial.states[slot] = warp.softmax[r];
+    float* target = partial.out + slot * partial.padded_columns(shape) + Warp::lane() % 4 * 2;
 #pragma unroll
     for (int d = 0; d < Warp::kDimTiles; ++d) {
 #pragma unroll
@@ -185,23 +209,15 @@ __device__ __forceinline__ void store_split(const WarpTile<Element, kConfig>& wa
   }
 }
 
-// `address`, for kv_idx >= 0. The addresses of fragments are the same for every key tile, and the
-// compiler would keep two dozen of them in registers that scores and outputs need. Tied to the loop
-// variable they are computed where they are used, in one instruction each.
-__device__ __forceinline__ uint32_t tied(uint32_t address, int32_t kv_idx) {
-  return address + static_cast<uint32_t>(kv_idx >> 31);
-}
-
 template <typename Element, ForwardConfig kConfig>
-__device__ __forceinline__ void attend(const ForwardArgs& args, const TilePlan& plan, uint32_t smem,
-                                       bool aligned, WarpTile<Element, kConfig>& warp) {
-  const BlockContext<Element, kConfig> block(args, plan, smem, aligned);
-  const KvRange keys = plan.keys(args.mask, block.at);
-  const Mask& mask = args.mask;
+__device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem,
+                                       WarpTile<Element, kConfig>& warp) {
+  const TilePlan& plan = call.plan;
+  const BlockContext<Element, kConfig> block(call, blockIdx.x, smem);
+  const Mask& mask = call.args.mask;
+  const KvRange keys = plan.keys(mask, block.at);
   const int32_t query_begin = plan.query_begin(block.at.q_tile);
   const int32_t query_end = plan.query_end(block.at.q_tile);
-  const auto scale_log2 = static_cast<float>(args.scale.log2);
-  const auto sign = static_cast<float>(args.scale.sign);
 
   using Warp = WarpTile<Element, kConfig>;
   const auto query = [&](int r) { return plan.query_of(block.first_row() + Warp::row(r)); };
@@ -220,41 +236,41 @@ __device__ __forceinline__ void attend(const ForwardArgs& args, const TilePlan& 
     warp.multiply_qk(tied(q_base, kv), tied(k_base, kv));  // S = Q K^T
     block.wait_loads();                                    // this V is there; K's buffer is free
     if (kv + kConfig.tile_n < keys.end) block.load_k(kv + kConfig.tile_n);
-    if (sign != 1) warp.scale_scores(sign);
+    if (call.sign != 1) warp.scale_scores(call.sign);
     bool nonfinite = false;
     if (mask.tile_needs_mask(query_begin, query_end, kv, kv + kConfig.tile_n)) {
       warp.hide(mask, query, kv);
       if (mask.is_banded()) nonfinite = block.clear_nonfinite_v();
     }
-    warp.update_softmax(scale_log2);     // (E6)-(E8)
-    warp.multiply_pv(tied(v_base, kv));  // O += P V
+    warp.update_softmax(call.scale_log2);  // (E6)-(E8)
+    warp.multiply_pv(tied(v_base, kv));    // O += P V
     if (nonfinite) {
-      warp.add_nonfinite(mask, query, block.v, kv, min(kv + kConfig.tile_n, mask.s_kv));
+      warp.add_nonfinite(mask, query, block.keys_of(call.args.v, call.args.shape.D_v, kv), kv,
+                         min(kv + kConfig.tile_n, mask.s_kv));
     }
   }
-  warp.normalise();  // (E9)
+  warp.complete_sums();
 }
 
 // A kernel's own template arguments must be types and integers, hence not a ForwardConfig.
 template <typename Element, int kHeadDim, bool kForTuring>
 __global__ void __launch_bounds__((config_of<kHeadDim, kForTuring>().threads()),
                                   (config_of<kHeadDim, kForTuring>().blocks_per_sm))
-    tensor_core_forward_kernel(const __grid_constant__ ForwardArgs args,
-                               const __grid_constant__ TilePlan plan,
-                               const __grid_constant__ SplitBuffers<float> partial, bool aligned) {
+    tensor_core_forward_kernel(const __grid_constant__ TensorCoreCall call) {
 #if defined(__CUDA_ARCH__)
   if constexpr (kForTuring == (__CUDA_ARCH__ < 800)) {
     extern __shared__ __align__(128) unsigned char smem[];
     constexpr ForwardConfig kConfig = config_of<kHeadDim, kForTuring>();
     const uint32_t smem_address = ptx::shared_address(smem);
     WarpTile<Element, kConfig> warp;
-    attend<Element, kConfig>(args, plan, smem_address, aligned, warp);
+    attend<Element, kConfig>(call, smem_address, warp);
     // Located anew: where the block stands takes no registers while the main loop runs.
-    const BlockContext<Element, kConfig> block(args, plan, smem_address, aligned);
-    if (plan.splits > 1) {
-      store_split(warp, block, partial);
+    const BlockContext<Element, kConfig> block(call, ptx::block_index(), smem_address);
+    if (call.plan.splits > 1) {
+      store_split(warp, block, call.partial);
     } else {
-      store_rows(warp, block, aligned);
+      warp.normalise();  // (E9)
+      store_rows(warp, block, call.aligned);
     }
   }
 #endif

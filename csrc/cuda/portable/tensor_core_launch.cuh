@@ -15,9 +15,14 @@ Status launch_config(const ForwardArgs& args, const TilePlan& plan, const Launch
       args.shape.D % kChunkElements == 0 && args.shape.D_v % kChunkElements == 0 &&
       is_aligned_16(args.q, sizeof(Element)) && is_aligned_16(args.k, sizeof(Element)) &&
       is_aligned_16(args.v, sizeof(Element)) && is_aligned_16(args.out, sizeof(Element));
-  const auto partial = SplitBuffers<float>::in(on.workspace, plan, args.shape);
+  const TensorCoreCall call{args,
+                            plan,
+                            SplitBuffers<float>::in(on.workspace, plan, args.shape),
+                            static_cast<float>(args.scale.sign),
+                            static_cast<float>(args.scale.log2),
+                            aligned};
   return launch(tensor_core_forward_kernel<Element, kHeadDim, kForTuring>, plan.tiles(),
-                kConfig.threads(), kConfig.smem_bytes(), on.stream, args, plan, partial, aligned);
+                kConfig.threads(), kConfig.smem_bytes(), on.stream, call);
 }
 
 template <typename Element, int kHeadDim>

@@ -4,6 +4,7 @@
 // cuda/fragment.cuh. Lane 4g + t; every thread holds rows g and g + 8 of each row atom.
 #pragma once
 
+#include "core/mask.h"
 #include "core/softmax_row.h"
 #include "cuda/fragment.cuh"
 #include "cuda/portable/config.h"
@@ -136,9 +137,15 @@ struct WarpTile {
     }
   }
 
-  // (E6)-(E8): raises the rows' maxima by this tile, turns scores into probabilities, absorbs their
-  // sums and brings the outputs to the new maximum. A row's sum stays spread over its quad.
+  // Rows' maxima follow the scores in steps of at least 2^8, after which sums and outputs must be
+  // rescaled: rarely after the first key tiles. Weights then reach 2^8 at most, which fp16 holds.
+  static constexpr float kSlack = 8;
+
+  // (E6)-(E8): raises the rows' maxima by this tile, brings the outputs to the new maximum, turns
+  // scores into probabilities and absorbs their sums. A row's sum stays spread over its quad.
   __device__ __forceinline__ void update_softmax(float scale_log2) {
+    float alpha[kRows];
+    bool rescale = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float tile_max = -kInfinity<float>;
@@ -147,7 +154,22 @@ struct WarpTile {
 #pragma unroll
         for (int j = 0; j < 2; ++j) tile_max = max_of(tile_max, scores[r / 2][n][r % 2 * 2 + j]);
       }
-      const float alpha = softmax[r].raise(quad_max(tile_max) * scale_log2);
+      alpha[r] = softmax[r].raise_lazily(quad_max(tile_max) * scale_log2, kSlack);
+      rescale |= alpha[r] != 1;
+    }
+    if (__any_sync(0xffffffffu, rescale)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        softmax[r].l *= alpha[r];
+#pragma unroll
+        for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) out[r / 2][d][r % 2 * 2 + j] *= alpha[r];
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
       float tile_sum = 0;
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
@@ -158,12 +180,7 @@ struct WarpTile {
           tile_sum += score;
         }
       }
-      softmax[r].absorb(alpha, tile_sum);
-#pragma unroll
-      for (int d = 0; d < kDimTiles; ++d) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) out[r / 2][d][r % 2 * 2 + j] *= alpha;
-      }
+      softmax[r].absorb(1, tile_sum);
     }
   }
 
@@ -220,11 +237,16 @@ struct WarpTile {
     }
   }
 
-  // (E9): completes the row sums over the quad and normalises the outputs.
+  // Adds up the parts of the row sums that the lanes of a quad hold.
+  __device__ __forceinline__ void complete_sums() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) softmax[r].l = quad_sum(softmax[r].l);
+  }
+
+  // (E9)
   __device__ __forceinline__ void normalise() {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      softmax[r].l = quad_sum(softmax[r].l);
       const float inverse_sum = softmax[r].inverse_sum();
 #pragma unroll
       for (int d = 0; d < kDimTiles; ++d) {
