@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Attention of one query tile by online softmax, for one instruction set and one element type.
 //
-// Keys pass in tiles of kTileKeys. Each is packed once (keys transposed, values in rows, both
-// widened to the type computed in) and then used by the query rows, kBlockRows at a time, whose
-// scores stay in the first-level cache between the two products. A row's result is the same
-// whichever rows share its block or tile: its sums run over D and over the keys in order.
+// Keys pass in tiles of kTileKeys. Each is packed once, as Operand asks (keys transposed, values in
+// rows), and then used by the query rows, kBlockRows at a time, whose scores stay in the first-level
+// cache between the two products. A row's result is the same whichever rows share its block or
+// tile: the order of its sums depends on D, the keys and QueryTile::few_rows alone.
 #pragma once
 
 #include "cpu/exp2.h"
