@@ -2,9 +2,9 @@
 // Attention of one query tile by online softmax, for one instruction set and one element type.
 //
 // Keys pass in tiles of kTileKeys. Each is packed once, as Operand asks (keys transposed, values in
-// rows), and then used by the query rows, kBlockRows at a time, whose scores stay in the first-level
-// cache between the two products. A row's result is the same whichever rows share its block or
-// tile: the order of its sums depends on D, the keys and QueryTile::few_rows alone.
+// rows), and then used by the query rows, kBlockRows at a time, whose scores stay in the
+// first-level cache between the two products. A row's result is the same whichever rows share its
+// block or tile: the order of its sums depends on D, the keys and QueryTile::few_rows alone.
 #pragma once
 
 #include "cpu/exp2.h"
