@@ -108,6 +108,12 @@ FULL_CASES = [
     Case("scores-of-1e4", 65, 129, spread=30.0, scale=2.0, mask=CAUSAL),
 ]
 
+# The smallest that a device with many idle processors splits.
+SMALL_SPLIT = [
+    Case("split-1", 1, 1031, H=1, mask=CAUSAL),
+    Case("split-3-grouped", 3, 1031, H=2, H_kv=1),
+]
+
 # Few queries and many keys: the keys of one query are split among many workers.
 SPLIT = [
     Case("decode-1", 1, 4099, H=2, mask=CAUSAL),

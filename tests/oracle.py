@@ -74,14 +74,18 @@ def default_scale(q: Tensor, scale: float | None) -> float:
 def by_definition(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
 ) -> Attention:
-    """softmax(scale q k^T + mask) v in extended precision, returned in fp64 on q's device."""
+    """softmax(scale q k^T + mask) v, returned in fp64 on q's device.
+
+    Computed in extended precision for fp64 inputs, else in fp64.
+    """
+    Wide = np.longdouble if q.dtype == torch.float64 else np.float64
     B, H, s_q, _ = q.shape
     H_kv, s_kv, d_v = k.shape[1], k.shape[2], v.shape[3]
-    wide_q, wide_k, wide_v = (x.detach().double().cpu().numpy().astype(np.longdouble)
+    wide_q, wide_k, wide_v = (x.detach().double().cpu().numpy().astype(Wide)
                               for x in (q, k, v))  # fmt: skip
-    factor = np.longdouble(default_scale(q, scale))
-    out = np.zeros((B, H, s_q, d_v), np.longdouble)
-    lse = np.full((B, H, s_q), -np.inf, np.longdouble)
+    factor = Wide(default_scale(q, scale))
+    out = np.zeros((B, H, s_q, d_v), Wide)
+    lse = np.full((B, H, s_q), -np.inf, Wide)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for b, h, i in np.ndindex(B, H, s_q):
             keys = mask.keys(i, s_q, s_kv)

@@ -30,7 +30,6 @@ def inputs_of(target: Target, S_q: int, S_kv: int, **sizes: int) -> Inputs:
     return Case("poison", S_q, S_kv, **sizes).inputs(target.dtype, target.device, target.head_dim)
 
 
-@pytest.mark.small
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("key", [0, 15, 16, 38, 63, 64, 69])
 def test_poisoned_key_changes_exactly_the_rows_that_see_it(target: Target, mask: Mask, key: int):
@@ -120,6 +119,12 @@ def inside_nan(x: Tensor) -> Tensor:
 
 
 @pytest.mark.small
+def test_memory_behind_odd_lengths_is_never_used(target: Target):
+    inputs = inputs_of(target, 15, 67, D_v=target.head_dim - 1)
+    due = attend(*inputs, CAUSAL)
+    assert_bitwise_equal(attend(*(inside_nan(x) for x in inputs), CAUSAL).out, due.out)
+
+
 @pytest.mark.parametrize("D_v", [0, -1])
 @pytest.mark.parametrize("S_q", [1, 15, 64, 65])
 @pytest.mark.parametrize("S_kv", [1, 31, 64, 67, 130])

@@ -72,6 +72,14 @@ def test_small_query_cannot_hide_behind_a_large_one():
         assert_close(ours, exact, plain)
 
 
+def test_single_element_is_no_magnitude_of_its_query():
+    exact = torch.tensor([[[[1.0], [1e-4]]]], dtype=torch.float64)
+    plain = exact.float()
+    assert_close(plain + torch.tensor([[[[0.0], [1e-7]]]]), exact, plain)
+    with pytest.raises(AssertionError, match="over the bound"):
+        assert_close(plain + torch.tensor([[[[0.0], [1e-6]]]]), exact, plain)
+
+
 def test_magnitude_raises_the_floor_for_values_that_cancel():
     exact, plain = torch.full(SHAPE, 1e-6).double(), torch.full(SHAPE, 1e-6)
     ours = plain + 2e-8
