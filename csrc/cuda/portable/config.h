@@ -43,7 +43,7 @@ inline constexpr ForwardConfig kTuring{};
 template <>
 inline constexpr ForwardConfig kTuring<64>{64, 2, 4, 64, 1, true};
 template <>
-inline constexpr ForwardConfig kTuring<96>{96, 2, 4, 64, 1, false};
+inline constexpr ForwardConfig kTuring<96>{96, 2, 4, 32, 1, false};
 template <>
 inline constexpr ForwardConfig kTuring<128>{128, 2, 4, 32, 1, false};
 template <>

@@ -16,7 +16,7 @@
 #include "core/softmax_row.h"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
-#include "cuda/ptx/special.cuh"
+#include "cuda/row_source.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::portable {
@@ -37,9 +37,9 @@ struct SimtConfig {
   static constexpr int kThreads = kThreadsX * kThreadsY;
   static constexpr int kVector = 16 / sizeof(Real);  // elements of one shared-memory access
   static constexpr int kTileM = 64;
-  static constexpr int kTileN = sizeof(Real) == 4 ? 64 : 32;
-  static constexpr int kSliceD = 128 / sizeof(Real);  // columns of Q and K in one slice
-  static constexpr int kSliceN = 16;                  // keys of V in one slice
+  static constexpr int kTileN = sizeof(Real) == 4 ? 128 : 64;
+  static constexpr int kSliceD = 64 / sizeof(Real);  // columns of Q and K in one slice
+  static constexpr int kSliceN = 16;                 // keys of V in one slice
   static constexpr int kColumns = kOutColumns;
   static constexpr int kRows = kTileM / kThreadsY;    // per thread
   static constexpr int kScores = kTileN / kThreadsX;  // per thread and row
@@ -56,45 +56,44 @@ struct SimtConfig {
   static_assert(kSmemBytes <= 64 * 1024);  // Turing
 };
 
+// What one instruction reads from shared memory.
 template <typename Real>
 struct alignas(16) Vector {
   Real e[16 / sizeof(Real)];
 };
+template <typename Real>
+__device__ __forceinline__ Vector<Real> vector_at(const Real* address) {
+  return *reinterpret_cast<const Vector<Real>*>(address);
+}
 
 // Rows [first, first + kRows) of columns [column, column + kWidth) into shared memory with a pitch,
-// as Real; zeros outside `rows` and `length`. Asynchronous where no conversion is needed.
-template <typename Config, int kRows, int kWidth, int kPitch, typename Element, typename Real,
-          typename RowPointer>
-__device__ __forceinline__ void load_slice(Real* target, const RowPointer& row_pointer,
-                                           int32_t first, int32_t rows, int64_t column,
-                                           int64_t length, bool aligned) {
-  if constexpr (sizeof(Element) == sizeof(Real)) {
-    const uint32_t base = ptx::shared_address(target);
-    if (aligned) {
-      constexpr int kAcross = kWidth / Config::kVector;
-#pragma unroll 4
-      for (int i = threadIdx.x; i < kRows * kAcross; i += Config::kThreads) {
-        const int row = i / kAcross, x = i % kAcross * Config::kVector;
-        const bool exists = first + row < rows && column + x < length;
-        const Element* source = exists ? row_pointer(first + row) + column + x : row_pointer(0);
-        ptx::cp_async<16>(base + (row * kPitch + x) * sizeof(Real), source, exists);
-      }
-      return;
+// as Real; zeros where the source has no row or column. Asynchronous where no conversion is needed.
+template <typename Config, int kRows, int kWidth, int kPitch, typename Element, typename Real>
+__device__ __forceinline__ void load_slice(Real* target, const RowSource<Element>& from,
+                                           int32_t first, int32_t column) {
+  constexpr bool kConverts = sizeof(Element) != sizeof(Real);
+  const uint32_t base = ptx::shared_address(target);
+  if (!kConverts && from.aligned) {
+    constexpr int kAcross = kWidth / Config::kVector, kPass = Config::kThreads / kAcross;
+    static_assert(kRows % kPass == 0);
+    const int row = threadIdx.x / kAcross, x = threadIdx.x % kAcross * Config::kVector;
+#pragma unroll
+    for (int r = row; r < row + kRows; r += kPass) {
+      const bool exists = first + r < from.rows && column + x < from.length;
+      ptx::cp_async<16>(base + (r * kPitch + x) * sizeof(Real), from.row(first + r) + column + x,
+                        exists);
     }
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kRows * kWidth; i += Config::kThreads) {
-      const int row = i / kWidth, x = i % kWidth;
-      const bool exists = first + row < rows && column + x < length;
-      const Element* source = exists ? row_pointer(first + row) + column + x : row_pointer(0);
+    return;
+  }
+#pragma unroll 2
+  for (int i = threadIdx.x; i < kRows * kWidth; i += Config::kThreads) {
+    const int row = i / kWidth, x = i % kWidth;
+    const bool exists = first + row < from.rows && column + x < from.length;
+    const Element* source = from.row(first + row) + column + x;
+    if constexpr (kConverts) {
+      target[row * kPitch + x] = exists ? static_cast<Real>(*source) : Real(0);
+    } else {
       ptx::cp_async<sizeof(Real)>(base + (row * kPitch + x) * sizeof(Real), source, exists);
-    }
-  } else {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kRows * kWidth; i += Config::kThreads) {
-      const int row = i / kWidth, x = i % kWidth;
-      const bool exists = first + row < rows && column + x < length;
-      target[row * kPitch + x] =
-          exists ? static_cast<Real>(row_pointer(first + row)[column + x]) : Real(0);
     }
   }
 }
@@ -112,8 +111,7 @@ struct SimtBlock {
   TileCoord at;
   Real* slices;         // two of kSliceElements
   Real* probabilities;  // [kTileM][kPitchP]
-  const Element *q, *k, *v;
-  bool aligned;
+  RowSource<Element> q, k, v;
   int tx, ty;
 
   Real scores[kRows][kScores];
@@ -124,47 +122,47 @@ struct SimtBlock {
                                        bool aligned)
       : args(args),
         plan(plan),
-        at(plan.locate(ptx::block_index())),
+        at(plan.locate(blockIdx.x)),
         slices(smem),
         probabilities(smem + 2 * Config::kSliceElements),
-        aligned(aligned),
         tx(threadIdx.x % Config::kThreadsX),
         ty(threadIdx.x / Config::kThreadsX) {
     const int32_t h_kv = at.h / plan.group;
-    q = args.q.row<const Element>(at.b, at.h, 0);
-    k = args.k.row<const Element>(at.b, h_kv, 0);
-    v = args.v.row<const Element>(at.b, h_kv, 0);
+    q = rows_of(args.q, at.h, plan.pack, plan.rows, args.shape.D, aligned);
+    k = rows_of(args.k, h_kv, 1, args.shape.S_kv, args.shape.D, aligned);
+    v = rows_of(args.v, h_kv, 1, args.shape.S_kv, args.shape.D_v, aligned);
   }
 
+  __device__ __forceinline__ RowSource<Element> rows_of(const View& view, int64_t h, int32_t pack,
+                                                        int64_t rows, int64_t length,
+                                                        bool aligned) const {
+    return {view.row<const Element>(at.b, h, 0),
+            view.stride_s,
+            view.stride_h,
+            pack,
+            static_cast<int32_t>(rows),
+            static_cast<int32_t>(length),
+            aligned};
+  }
   __device__ __forceinline__ int32_t packed_row(int i) const {
     return at.q_tile * Config::kTileM + ty + Config::kThreadsY * i;
   }
   __device__ __forceinline__ int32_t query(int i) const { return plan.query_of(packed_row(i)); }
-  __device__ __forceinline__ int64_t first_column() const {
-    return int64_t{at.column} * Config::kColumns;
-  }
+  __device__ __forceinline__ int32_t first_column() const { return at.column * Config::kColumns; }
 
   // Columns [d, d + kSliceD) of the block's queries, and of the keys from `kv` on behind them.
-  __device__ __forceinline__ void load_qk(int buffer, int32_t kv, int64_t d) const {
-    Real* q_slice = slices + buffer * Config::kSliceElements;
-    const auto q_row = [&](int32_t row) {
-      const int32_t q_idx = plan.query_of(row);
-      return q + q_idx * args.q.stride_s + (row - q_idx * plan.pack) * args.q.stride_h;
-    };
-    const auto k_row = [&](int32_t row) { return k + row * args.k.stride_s; };
-    load_slice<Config, Config::kTileM, Config::kSliceD, Config::kPitchD, Element>(
-        q_slice, q_row, at.q_tile * Config::kTileM, plan.rows, d, args.shape.D, aligned);
-    load_slice<Config, Config::kTileN, Config::kSliceD, Config::kPitchD, Element>(
-        q_slice + Config::kTileM * Config::kPitchD, k_row, kv,
-        static_cast<int32_t>(args.shape.S_kv), d, args.shape.D, aligned);
+  __device__ __forceinline__ void load_qk(int buffer, int32_t kv, int32_t d) const {
+    Real* slice = slices + buffer * Config::kSliceElements;
+    load_slice<Config, Config::kTileM, Config::kSliceD, Config::kPitchD>(
+        slice, q, at.q_tile * Config::kTileM, d);
+    load_slice<Config, Config::kTileN, Config::kSliceD, Config::kPitchD>(
+        slice + Config::kTileM * Config::kPitchD, k, kv, d);
     ptx::cp_async_commit();
   }
   // The block's columns of kSliceN values from key `kv` on.
   __device__ __forceinline__ void load_v(int buffer, int32_t kv) const {
-    const auto v_row = [&](int32_t row) { return v + row * args.v.stride_s; };
-    load_slice<Config, Config::kSliceN, Config::kColumns, Config::kColumns, Element>(
-        slices + buffer * Config::kSliceElements, v_row, kv, static_cast<int32_t>(args.shape.S_kv),
-        first_column(), args.shape.D_v, aligned);
+    load_slice<Config, Config::kSliceN, Config::kColumns, Config::kColumns>(
+        slices + buffer * Config::kSliceElements, v, kv, first_column());
     ptx::cp_async_commit();
   }
 
@@ -183,23 +181,18 @@ struct SimtBlock {
         slices + buffer * Config::kSliceElements + (Config::kTileM + tx) * Config::kPitchD;
 #pragma unroll 1
     for (int d = 0; d < Config::kSliceD; d += kVector) {
-      Vector<Real> q_part[kRows], k_part[kScores];
+      Vector<Real> q_part[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        q_part[i] = *reinterpret_cast<const Vector<Real>*>(
-            q_slice + i * Config::kThreadsY * Config::kPitchD + d);
+        q_part[i] = vector_at(q_slice + i * Config::kThreadsY * Config::kPitchD + d);
       }
 #pragma unroll
       for (int j = 0; j < kScores; ++j) {
-        k_part[j] = *reinterpret_cast<const Vector<Real>*>(
-            k_slice + j * Config::kThreadsX * Config::kPitchD + d);
-      }
+        const auto k_part = vector_at(k_slice + j * Config::kThreadsX * Config::kPitchD + d);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
+        for (int e = 0; e < kVector; ++e) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-          for (int j = 0; j < kScores; ++j) scores[i][j] += q_part[i].e[e] * k_part[j].e[e];
+          for (int i = 0; i < kRows; ++i) scores[i][j] += q_part[i].e[e] * k_part.e[e];
         }
       }
     }
@@ -273,8 +266,8 @@ struct SimtBlock {
       for (int e = 0; e < kVector; ++e) {
 #pragma unroll
         for (int j = 0; j < kOuts; j += kVector) {
-          const auto values = *reinterpret_cast<const Vector<Real>*>(
-              v_slice + (n + e) * Config::kColumns + j * Config::kThreadsX);
+          const auto values =
+              vector_at(v_slice + (n + e) * Config::kColumns + j * Config::kThreadsX);
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
             if (kExact && !args.mask.visible(query(i), kv + slice_begin + n + e)) continue;
@@ -343,7 +336,7 @@ struct SimtBlock {
 };
 
 template <typename Element, int kOutColumns>
-__global__ void __launch_bounds__(128, (sizeof(Element) == 8 ? 2 : 3)) simt_forward_kernel(
+__global__ void __launch_bounds__(128, 2) simt_forward_kernel(
     const __grid_constant__ ForwardArgs args, const __grid_constant__ TilePlan plan,
     const __grid_constant__ SplitBuffers<typename SimtTraits<Element>::Real> partial,
     bool aligned) {
@@ -355,7 +348,7 @@ __global__ void __launch_bounds__(128, (sizeof(Element) == 8 ? 2 : 3)) simt_forw
   const KvRange keys = plan.keys(args.mask, block.at);
   const int32_t query_begin = plan.query_begin(block.at.q_tile);
   const int32_t query_end = plan.query_end(block.at.q_tile);
-  const int64_t D = args.shape.D;
+  const auto D = static_cast<int32_t>(args.shape.D);
 
   // Slices alternate between two buffers: the next is on its way while one is multiplied, and the
   // barrier before each use also tells that the other buffer is free.
@@ -369,7 +362,7 @@ __global__ void __launch_bounds__(128, (sizeof(Element) == 8 ? 2 : 3)) simt_forw
   if (keys.size() > 0) block.load_qk(buffer, keys.begin, 0);
   for (int32_t kv = keys.begin; kv < keys.end; kv += Config::kTileN) {
     block.clear_scores();
-    for (int64_t d = 0; d < D; d += Config::kSliceD) {
+    for (int32_t d = 0; d < D; d += Config::kSliceD) {
       const int here = next_slice();
       if (d + Config::kSliceD < D) {
         block.load_qk(buffer, kv, d + Config::kSliceD);

@@ -11,7 +11,7 @@ namespace online_attention::cuda::portable {
 template <typename Element, int kOutColumns>
 TileShape simt_tile() {
   using Config = SimtConfig<typename SimtTraits<Element>::Real, kOutColumns>;
-  return {Config::kTileM, Config::kTileN, 1, 3};
+  return {Config::kTileM, Config::kTileN, 1, 2};
 }
 
 template <typename Element, int kOutColumns>
