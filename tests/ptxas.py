@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,9 +40,9 @@ def outputs(log: str) -> dict[str, list[str]]:
     return last
 
 
-def functions(log: str) -> list[Function]:
+def functions(printed: dict[str, list[str]]) -> list[Function]:
     found = []
-    for target, lines in outputs(log).items():
+    for target, lines in printed.items():
         for line, following in pairwise(lines):
             if name := _KERNEL.search(line):
                 memory = _MEMORY.search(following)
@@ -50,19 +51,21 @@ def functions(log: str) -> list[Function]:
     return found
 
 
-def warnings(log: str) -> list[str]:
+def warnings(printed: dict[str, list[str]]) -> list[str]:
     return [
         f"{target}: {line}"
-        for target, lines in outputs(log).items()
+        for target, lines in printed.items()
         for line in lines
         if re.search(r"ptxas (warning|error)|serialized", line)
     ]
 
 
-def read_log(build: Path) -> str | None:
-    """The log, without objects that no longer exist; None if nothing was built here with CUDA."""
-    log = build / "build.log"
-    if not log.exists():
-        return None
-    text = log.read_text()
-    return text if any((build / name).exists() for name in outputs(text)) else None
+def of_build(build: Path) -> dict[str, list[str]]:
+    """What the compilation of every CUDA object that is still part of a build printed."""
+    log, commands = build / "build.log", build / "compile_commands.json"
+    if not (log.exists() and commands.exists()):
+        return {}
+    current = {entry["output"] for entry in json.loads(commands.read_text())}
+    return {
+        target: lines for target, lines in outputs(log.read_text()).items() if target in current
+    }

@@ -86,11 +86,12 @@ def library() -> elf.SharedLibrary:
 
 
 @pytest.fixture(scope="module")
-def log() -> str:
-    text = ptxas.read_log(BUILD)
-    if text is None:
+def printed() -> dict[str, list[str]]:
+    """What each CUDA object's compilation printed."""
+    objects = ptxas.of_build(BUILD)
+    if not objects:
         pytest.skip("no CUDA kernel was compiled in this checkout")
-    return text
+    return objects
 
 
 def test_needs_torch_and_the_c_library_alone(library: elf.SharedLibrary):
@@ -140,24 +141,27 @@ def test_is_small():
     assert LIBRARY.stat().st_size < 10e6
 
 
-def test_kernels_stay_in_registers(log: str):
+def test_kernels_stay_in_registers(printed: dict[str, list[str]]):
     spilling = [
         function
-        for function in ptxas.functions(log)
+        for function in ptxas.functions(printed)
         if function.stack_frame or function.spill_stores or function.spill_loads
         if not any(part in function.name for part in LOCAL_MEMORY_ALLOWED)
     ]
     assert spilling == []
 
 
-def test_ptxas_has_no_warning(log: str):
-    assert ptxas.warnings(log) == []
+def test_ptxas_has_no_warning(printed: dict[str, list[str]]):
+    assert ptxas.warnings(printed) == []
 
 
 def test_the_log_is_understood():
     old = "[1/2] nvcc -c a.cu -o x/a.cu.o\nptxas info    : Function properties for f\n"
     old += "    8 bytes stack frame, 4 bytes spill stores, 2 bytes spill loads\n"
     new = old.replace(" 8 bytes", " 0 bytes").replace(" 4 ", " 0 ").replace(" 2 bytes", " 0 bytes")
-    assert ptxas.functions(old) == [ptxas.Function("x/a.cu.o", "f", 8, 4, 2)]
-    assert ptxas.functions(old + new) == [ptxas.Function("x/a.cu.o", "f", 0, 0, 0)]
-    assert ptxas.warnings(old + "ptxas info: (C7510) wgmma is serialized due to ...\n") != []
+    function = ptxas.Function("x/a.cu.o", "f", 8, 4, 2)
+    assert ptxas.functions(ptxas.outputs(old)) == [function]
+    rebuilt = ptxas.functions(ptxas.outputs(old + new))
+    assert rebuilt == [ptxas.Function("x/a.cu.o", "f", 0, 0, 0)]
+    warning = "ptxas info: (C7510) wgmma is serialized due to ...\n"
+    assert ptxas.warnings(ptxas.outputs(old + warning)) != []
