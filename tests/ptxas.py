@@ -65,7 +65,6 @@ def of_build(build: Path) -> dict[str, list[str]]:
     log, commands = build / "build.log", build / "compile_commands.json"
     if not (log.exists() and commands.exists()):
         return {}
-    current = {entry["output"] for entry in json.loads(commands.read_text())}
-    return {
-        target: lines for target, lines in outputs(log.read_text()).items() if target in current
-    }
+    current = {build / entry["output"] for entry in json.loads(commands.read_text())}
+    printed = outputs(log.read_text())
+    return {target: lines for target, lines in printed.items() if build / target in current}
