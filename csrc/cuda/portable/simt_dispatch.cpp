@@ -16,23 +16,29 @@ struct Kernel {
   Status (*launch)(const ForwardArgs&, const TilePlan&, const Launch&);
 };
 
-template <typename Element, int kOutColumns>
+template <typename Element, int kOutColumns, int kKeys>
 constexpr Kernel kernel() {
-  return {kOutColumns, simt_tile<Element, kOutColumns>, launch_simt<Element, kOutColumns>};
+  return {kOutColumns, simt_tile<Element, kOutColumns, kKeys>,
+          launch_simt<Element, kOutColumns, kKeys>};
 }
+
+// With few query rows, plain PyTorch sums in the tree of a matrix-vector product; so near its error
+// the sums of the fast tiles do not stay, and the arithmetic is not what takes the time.
+constexpr int64_t kFewRows = 64;
 
 Kernel kernel_of(const ForwardArgs& args) {
   switch (args.dtype) {
     case DType::f16:
-      return kernel<__half, 128>();
+      return kernel<__half, 128, 64>();
     case DType::bf16:
-      return kernel<__nv_bfloat16, 128>();
-    case DType::f32:
-      return args.shape.D_v <= 64 ? kernel<float, 64>() : kernel<float, 128>();
+      return kernel<__nv_bfloat16, 128, 64>();
     case DType::f64:
+      return kernel<double, 64, 32>();
+    case DType::f32:
       break;
   }
-  return kernel<double, 64>();
+  if (args.shape.S_q * args.shape.group() <= kFewRows) return kernel<float, 128, 64>();
+  return args.shape.D_v <= 64 ? kernel<float, 64, 128>() : kernel<float, 128, 128>();
 }
 
 TilePlan plan_for(const ForwardArgs& args, const Device& device) {

@@ -30,20 +30,23 @@ struct SimtTraits<double> {
   using Real = double;
 };
 
-// Tile constants for an accumulator type and a number of output columns.
-template <typename Real, int kOutColumns>
+// Tile constants for an accumulator type, the output columns of a block and the keys of a tile.
+template <typename Real, int kOutColumns, int kKeys>
 struct SimtConfig {
   static constexpr int kThreadsX = 16, kThreadsY = 8;
   static constexpr int kThreads = kThreadsX * kThreadsY;
   static constexpr int kVector = 16 / sizeof(Real);  // elements of one shared-memory access
   static constexpr int kTileM = 64;
-  static constexpr int kTileN = sizeof(Real) == 4 ? 128 : 64;
+  static constexpr int kTileN = kKeys;
   static constexpr int kSliceD = 64 / sizeof(Real);  // columns of Q and K in one slice
   static constexpr int kSliceN = 16;                 // keys of V in one slice
   static constexpr int kColumns = kOutColumns;
   static constexpr int kRows = kTileM / kThreadsY;    // per thread
   static constexpr int kScores = kTileN / kThreadsX;  // per thread and row
   static constexpr int kOuts = kColumns / kThreadsX;  // per thread and row
+  // Small tiles have registers to sum each slice of D on its own, for an error that grows with the
+  // square root of D / kSliceD in place of D's.
+  static constexpr bool kSumsSlices = kTileN <= 64;
   // Rows are one vector longer than their content, so that a column of vectors meets all banks.
   static constexpr int kPitchD = kSliceD + kVector;
   static constexpr int kPitchP = kTileN + kVector;
@@ -99,10 +102,10 @@ __device__ __forceinline__ void load_slice(Real* target, const RowSource<Element
 }
 
 // One thread's part of the block, and the slices it works from.
-template <typename Element, int kOutColumns>
+template <typename Element, int kOutColumns, int kKeys>
 struct SimtBlock {
   using Real = typename SimtTraits<Element>::Real;
-  using Config = SimtConfig<Real, kOutColumns>;
+  using Config = SimtConfig<Real, kOutColumns, kKeys>;
   static constexpr int kRows = Config::kRows, kScores = Config::kScores, kOuts = Config::kOuts;
   static constexpr int kVector = Config::kVector;
 
@@ -116,6 +119,8 @@ struct SimtBlock {
 
   Real scores[kRows][kScores];
   Real out[kRows][kOuts] = {};
+  Real tile_out[kRows][kOuts];  // P V of the current key tile: two short sums round less than one
+  Real alpha[kRows];
   SoftmaxRow<Real> softmax[kRows];
 
   __device__ __forceinline__ SimtBlock(const ForwardArgs& args, const TilePlan& plan, Real* smem,
@@ -176,6 +181,19 @@ struct SimtBlock {
 
   // scores += Q K^T over one slice of D
   __device__ __forceinline__ void multiply_qk(int buffer) {
+    if constexpr (Config::kSumsSlices) {
+      Real slice_sum[kRows][kScores] = {};
+      accumulate_qk(buffer, slice_sum);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kScores; ++j) scores[i][j] += slice_sum[i][j];
+      }
+    } else {
+      accumulate_qk(buffer, scores);
+    }
+  }
+  __device__ __forceinline__ void accumulate_qk(int buffer, Real (&sum)[kRows][kScores]) const {
     const Real* q_slice = slices + buffer * Config::kSliceElements + ty * Config::kPitchD;
     const Real* k_slice =
         slices + buffer * Config::kSliceElements + (Config::kTileM + tx) * Config::kPitchD;
@@ -192,7 +210,7 @@ struct SimtBlock {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
 #pragma unroll
-          for (int i = 0; i < kRows; ++i) scores[i][j] += q_part[i].e[e] * k_part.e[e];
+          for (int i = 0; i < kRows; ++i) sum[i][j] += q_part[i].e[e] * k_part.e[e];
         }
       }
     }
@@ -220,8 +238,8 @@ struct SimtBlock {
     }
   }
 
-  // (E6)-(E8), as in the tensor-core kernel; the probabilities move to shared memory. A row's sum
-  // stays spread over the 16 threads that share the row.
+  // (E6), (E7), and (E8) for the sums; the probabilities move to shared memory. A row's sum stays
+  // spread over the 16 threads that share the row.
   __device__ __forceinline__ void update_softmax() {
     const Real scale_log2 = static_cast<Real>(args.scale.log2);
 #pragma unroll
@@ -233,7 +251,7 @@ struct SimtBlock {
       for (int lane = 1; lane < Config::kThreadsX; lane *= 2) {
         tile_max = max_of(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, lane));
       }
-      const Real alpha = softmax[i].raise(tile_max * scale_log2);
+      alpha[i] = softmax[i].raise(tile_max * scale_log2);
       Real tile_sum = 0;
       Real* p_row = probabilities + (ty + Config::kThreadsY * i) * Config::kPitchP + tx;
 #pragma unroll
@@ -242,14 +260,14 @@ struct SimtBlock {
         p_row[Config::kThreadsX * j] = p;
         tile_sum += p;
       }
-      softmax[i].absorb(alpha, tile_sum);
+      softmax[i].absorb(alpha[i], tile_sum);
 #pragma unroll
-      for (int j = 0; j < kOuts; ++j) out[i][j] *= alpha;
+      for (int j = 0; j < kOuts; ++j) tile_out[i][j] = 0;
     }
   }
 
-  // out += P V over one slice of keys; `slice_begin` counts from the tile's first key. With kExact,
-  // hidden pairs are left out one by one: for V with Inf or NaN, where 0 * V is not 0.
+  // tile_out += P V over one slice of keys; `slice_begin` counts from the tile's first key. With
+  // kExact, hidden pairs are left out one by one: for V with Inf or NaN, where 0 * V is not 0.
   template <bool kExact>
   __device__ __forceinline__ void multiply_pv(int buffer, int slice_begin, int32_t kv) {
     const Real* p_slice = probabilities + ty * Config::kPitchP + slice_begin;
@@ -272,10 +290,19 @@ struct SimtBlock {
           for (int i = 0; i < kRows; ++i) {
             if (kExact && !args.mask.visible(query(i), kv + slice_begin + n + e)) continue;
 #pragma unroll
-            for (int x = 0; x < kVector; ++x) out[i][j + x] += p[i].e[e] * values.e[x];
+            for (int x = 0; x < kVector; ++x) tile_out[i][j + x] += p[i].e[e] * values.e[x];
           }
         }
       }
+    }
+  }
+
+  // (E8) for the outputs: O := alpha O + P V
+  __device__ __forceinline__ void absorb_tile() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kOuts; ++j) out[i][j] = out[i][j] * alpha[i] + tile_out[i][j];
     }
   }
 
@@ -335,12 +362,12 @@ struct SimtBlock {
   }
 };
 
-template <typename Element, int kOutColumns>
+template <typename Element, int kOutColumns, int kKeys>
 __global__ void __launch_bounds__(128, 2) simt_forward_kernel(
     const __grid_constant__ ForwardArgs args, const __grid_constant__ TilePlan plan,
     const __grid_constant__ SplitBuffers<typename SimtTraits<Element>::Real> partial,
     bool aligned) {
-  using Block = SimtBlock<Element, kOutColumns>;
+  using Block = SimtBlock<Element, kOutColumns, kKeys>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
   extern __shared__ __align__(16) unsigned char smem[];
@@ -374,7 +401,7 @@ __global__ void __launch_bounds__(128, 2) simt_forward_kernel(
     if (args.scale.sign != 1) block.scale_scores(static_cast<Real>(args.scale.sign));
     const bool masked = args.mask.tile_needs_mask(query_begin, query_end, kv, kv + Config::kTileN);
     if (masked) block.hide(kv);
-    block.update_softmax();  // (E6)-(E8)
+    block.update_softmax();  // (E6), (E7), (E8) for the sums
     for (int n = 0; n < Config::kTileN; n += Config::kSliceN) {
       const int here = next_slice();
       if (n + Config::kSliceN < Config::kTileN) {
@@ -385,9 +412,10 @@ __global__ void __launch_bounds__(128, 2) simt_forward_kernel(
       if (masked && block.has_nonfinite(here)) {
         block.template multiply_pv<true>(here, n, kv);
       } else {
-        block.template multiply_pv<false>(here, n, kv);  // O += P V
+        block.template multiply_pv<false>(here, n, kv);  // P V
       }
     }
+    block.absorb_tile();  // (E8)
   }
   block.complete_sums();
   block.store(partial);

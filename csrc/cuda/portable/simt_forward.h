@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One compiled kernel of the SIMT runner: an element type and the number of output columns of a
-// block.
+// One compiled kernel of the SIMT runner: an element type, the output columns of a block and the
+// keys of a tile. Tiles of 64 keys round less and take more instructions than those of 128.
 #pragma once
 
 #include "core/launch.h"
@@ -9,10 +9,10 @@
 namespace online_attention::cuda::portable {
 
 // Tile shape, for the plan; `columns` and `blocks_per_sm` are left to the caller.
-template <typename Element, int kOutColumns>
+template <typename Element, int kOutColumns, int kKeys>
 TileShape simt_tile();
 
-template <typename Element, int kOutColumns>
+template <typename Element, int kOutColumns, int kKeys>
 Status launch_simt(const ForwardArgs& args, const TilePlan& plan, const Launch& launch);
 
 }  // namespace online_attention::cuda::portable

@@ -8,22 +8,22 @@
 
 namespace online_attention::cuda::portable {
 
-template <typename Element, int kOutColumns>
+template <typename Element, int kOutColumns, int kKeys>
 TileShape simt_tile() {
-  using Config = SimtConfig<typename SimtTraits<Element>::Real, kOutColumns>;
+  using Config = SimtConfig<typename SimtTraits<Element>::Real, kOutColumns, kKeys>;
   return {Config::kTileM, Config::kTileN, 1, 2};
 }
 
-template <typename Element, int kOutColumns>
+template <typename Element, int kOutColumns, int kKeys>
 Status launch_simt(const ForwardArgs& args, const TilePlan& plan, const Launch& on) {
   using Real = typename SimtTraits<Element>::Real;
-  using Config = SimtConfig<Real, kOutColumns>;
+  using Config = SimtConfig<Real, kOutColumns, kKeys>;
   constexpr int64_t kBytes = sizeof(Element);
   const bool aligned = args.shape.D * kBytes % 16 == 0 && args.shape.D_v * kBytes % 16 == 0 &&
                        is_aligned_16(args.q, kBytes) && is_aligned_16(args.k, kBytes) &&
                        is_aligned_16(args.v, kBytes);
   const auto partial = SplitBuffers<Real>::in(on.workspace, plan, args.shape);
-  return launch(simt_forward_kernel<Element, kOutColumns>, plan.tiles(), Config::kThreads,
+  return launch(simt_forward_kernel<Element, kOutColumns, kKeys>, plan.tiles(), Config::kThreads,
                 Config::kSmemBytes, on.stream, args, plan, partial, aligned);
 }
 

@@ -3,7 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
-template TileShape simt_tile<double, 64>();
-template Status launch_simt<double, 64>(const ForwardArgs&, const TilePlan&, const Launch&);
+template TileShape simt_tile<float, 128, 128>();
+template Status launch_simt<float, 128, 128>(const ForwardArgs&, const TilePlan&, const Launch&);
 
 }  // namespace online_attention::cuda::portable

@@ -3,7 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
-template TileShape simt_tile<__nv_bfloat16, 128>();
-template Status launch_simt<__nv_bfloat16, 128>(const ForwardArgs&, const TilePlan&, const Launch&);
+template TileShape simt_tile<float, 128, 64>();
+template Status launch_simt<float, 128, 64>(const ForwardArgs&, const TilePlan&, const Launch&);
 
 }  // namespace online_attention::cuda::portable

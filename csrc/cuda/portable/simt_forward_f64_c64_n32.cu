@@ -3,7 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
-template TileShape simt_tile<__half, 128>();
-template Status launch_simt<__half, 128>(const ForwardArgs&, const TilePlan&, const Launch&);
+template TileShape simt_tile<double, 64, 32>();
+template Status launch_simt<double, 64, 32>(const ForwardArgs&, const TilePlan&, const Launch&);
 
 }  // namespace online_attention::cuda::portable

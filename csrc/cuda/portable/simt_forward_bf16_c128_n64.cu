@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/portable/simt_launch.cuh"
+
+namespace online_attention::cuda::portable {
+
+template TileShape simt_tile<__nv_bfloat16, 128, 64>();
+template Status launch_simt<__nv_bfloat16, 128, 64>(const ForwardArgs&, const TilePlan&,
+                                                    const Launch&);
+
+}  // namespace online_attention::cuda::portable
