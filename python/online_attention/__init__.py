@@ -3,6 +3,7 @@
 
 from importlib.metadata import version as _version
 
+from . import reference
 from .merge import merge
 from .ops import attention
 from .sdpa import scaled_dot_product_attention
@@ -14,6 +15,7 @@ __all__ = [
     "attention",
     "explain",
     "merge",
+    "reference",
     "scaled_dot_product_attention",
     "supported",
 ]

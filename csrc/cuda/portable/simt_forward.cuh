@@ -14,92 +14,10 @@
 #include <cuda_fp16.h>
 
 #include "core/softmax_row.h"
-#include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/ldmatrix.cuh"
-#include "cuda/row_source.cuh"
+#include "cuda/portable/simt_slice.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::portable {
-
-template <typename Element>
-struct SimtTraits {
-  using Real = float;
-};
-template <>
-struct SimtTraits<double> {
-  using Real = double;
-};
-
-// Tile constants for an accumulator type, the output columns of a block and the keys of a tile.
-template <typename Real, int kOutColumns, int kKeys>
-struct SimtConfig {
-  static constexpr int kThreadsX = 16, kThreadsY = 8;
-  static constexpr int kThreads = kThreadsX * kThreadsY;
-  static constexpr int kVector = 16 / sizeof(Real);  // elements of one shared-memory access
-  static constexpr int kTileM = 64;
-  static constexpr int kTileN = kKeys;
-  static constexpr int kSliceD = 64 / sizeof(Real);  // columns of Q and K in one slice
-  static constexpr int kSliceN = 16;                 // keys of V in one slice
-  static constexpr int kColumns = kOutColumns;
-  static constexpr int kRows = kTileM / kThreadsY;    // per thread
-  static constexpr int kScores = kTileN / kThreadsX;  // per thread and row
-  static constexpr int kOuts = kColumns / kThreadsX;  // per thread and row
-  // Small tiles have registers to sum each slice of D on its own, for an error that grows with the
-  // square root of D / kSliceD in place of D's.
-  static constexpr bool kSumsSlices = kTileN <= 64;
-  // Rows are one vector longer than their content, so that a column of vectors meets all banks.
-  static constexpr int kPitchD = kSliceD + kVector;
-  static constexpr int kPitchP = kTileN + kVector;
-  static constexpr int kSliceElements = (kTileM + kTileN) * kPitchD > kSliceN* kColumns
-                                            ? (kTileM + kTileN) * kPitchD
-                                            : kSliceN * kColumns;
-  static constexpr int kSmemBytes =
-      (2 * kSliceElements + kTileM * kPitchP) * static_cast<int>(sizeof(Real));
-  static_assert(kOuts % kVector == 0 && kTileN % kSliceN == 0);
-  static_assert(kSmemBytes <= 64 * 1024);  // Turing
-};
-
-// What one instruction reads from shared memory.
-template <typename Real>
-struct alignas(16) Vector {
-  Real e[16 / sizeof(Real)];
-};
-template <typename Real>
-__device__ __forceinline__ Vector<Real> vector_at(const Real* address) {
-  return *reinterpret_cast<const Vector<Real>*>(address);
-}
-
-// Rows [first, first + kRows) of columns [column, column + kWidth) into shared memory with a pitch,
-// as Real; zeros where the source has no row or column. Asynchronous where no conversion is needed.
-template <typename Config, int kRows, int kWidth, int kPitch, typename Element, typename Real>
-__device__ __forceinline__ void load_slice(Real* target, const RowSource<Element>& from,
-                                           int32_t first, int32_t column) {
-  constexpr bool kConverts = sizeof(Element) != sizeof(Real);
-  const uint32_t base = ptx::shared_address(target);
-  if (!kConverts && from.aligned) {
-    constexpr int kAcross = kWidth / Config::kVector, kPass = Config::kThreads / kAcross;
-    static_assert(kRows % kPass == 0);
-    const int row = threadIdx.x / kAcross, x = threadIdx.x % kAcross * Config::kVector;
-#pragma unroll
-    for (int r = row; r < row + kRows; r += kPass) {
-      const bool exists = first + r < from.rows && column + x < from.length;
-      ptx::cp_async<16>(base + (r * kPitch + x) * sizeof(Real), from.row(first + r) + column + x,
-                        exists);
-    }
-    return;
-  }
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kRows * kWidth; i += Config::kThreads) {
-    const int row = i / kWidth, x = i % kWidth;
-    const bool exists = first + row < from.rows && column + x < from.length;
-    const Element* source = from.row(first + row) + column + x;
-    if constexpr (kConverts) {
-      target[row * kPitch + x] = exists ? static_cast<Real>(*source) : Real(0);
-    } else {
-      ptx::cp_async<sizeof(Real)>(base + (row * kPitch + x) * sizeof(Real), source, exists);
-    }
-  }
-}
 
 // One thread's part of the block, and the slices it works from.
 template <typename Element, int kOutColumns, int kKeys>
@@ -119,7 +37,7 @@ struct SimtBlock {
 
   Real scores[kRows][kScores];
   Real out[kRows][kOuts] = {};
-  Real tile_out[kRows][kOuts];  // P V of the current key tile: two short sums round less than one
+  Real tile_out[kRows][kOuts];  // P V of the current key tile, if kSumsTiles
   Real alpha[kRows];
   SoftmaxRow<Real> softmax[kRows];
 
@@ -262,14 +180,22 @@ struct SimtBlock {
       }
       softmax[i].absorb(alpha[i], tile_sum);
 #pragma unroll
-      for (int j = 0; j < kOuts; ++j) tile_out[i][j] = 0;
+      for (int j = 0; j < kOuts; ++j) {
+        if constexpr (Config::kSumsTiles) {
+          tile_out[i][j] = 0;
+        } else {
+          out[i][j] *= alpha[i];
+        }
+      }
     }
   }
 
-  // tile_out += P V over one slice of keys; `slice_begin` counts from the tile's first key. With
-  // kExact, hidden pairs are left out one by one: for V with Inf or NaN, where 0 * V is not 0.
+  // P V over one slice of keys, added to the outputs or the tile's; `slice_begin` counts from the
+  // tile's first key. With kExact, hidden pairs are left out one by one: for V with Inf or NaN,
+  // where 0 * V is not 0.
   template <bool kExact>
   __device__ __forceinline__ void multiply_pv(int buffer, int slice_begin, int32_t kv) {
+    Real(&sum)[kRows][kOuts] = Config::kSumsTiles ? tile_out : out;
     const Real* p_slice = probabilities + ty * Config::kPitchP + slice_begin;
     const Real* v_slice = slices + buffer * Config::kSliceElements + tx * kVector;
 #pragma unroll 1
@@ -290,19 +216,21 @@ struct SimtBlock {
           for (int i = 0; i < kRows; ++i) {
             if (kExact && !args.mask.visible(query(i), kv + slice_begin + n + e)) continue;
 #pragma unroll
-            for (int x = 0; x < kVector; ++x) tile_out[i][j + x] += p[i].e[e] * values.e[x];
+            for (int x = 0; x < kVector; ++x) sum[i][j + x] += p[i].e[e] * values.e[x];
           }
         }
       }
     }
   }
 
-  // (E8) for the outputs: O := alpha O + P V
+  // (E8) for the outputs, O := alpha O + P V, where the tile has a sum of its own.
   __device__ __forceinline__ void absorb_tile() {
+    if constexpr (Config::kSumsTiles) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kOuts; ++j) out[i][j] = out[i][j] * alpha[i] + tile_out[i][j];
+        for (int j = 0; j < kOuts; ++j) out[i][j] = out[i][j] * alpha[i] + tile_out[i][j];
+      }
     }
   }
 
