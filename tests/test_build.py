@@ -78,7 +78,7 @@ PYTHON = {
 }
 # Kernels that may use local memory, by a part of their names, with the reason.
 LOCAL_MEMORY_ALLOWED: dict[str, str] = {
-    "simt_forward_kernelIdLi64ELi32E": "fp64 fills the registers twice as fast; not tuned for speed",
+    "simt_forward_kernelIdLi64ELi32E": "fp64 fills registers twice as fast; not tuned",
     "combine_kernelIddE": "exp2 of fp64 is a library function with a stack of its own",
 }
 

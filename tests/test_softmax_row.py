@@ -45,12 +45,14 @@ class Kind:
             largest = max_of(largest, score)
         return largest
 
-    def fold(self, tiles, values=None):
+    def fold(self, tiles, values=None, slack=None):
         """The online softmax over `tiles` of scores, and the output for `values` of their shape."""
         row, out = self.row(), self.real(0)
         with np.errstate(invalid="ignore", over="ignore"):
             for index, tile in enumerate(tiles):
-                alpha = row.raise_to(self.max_of(tile))
+                tile_max = self.max_of(tile)
+                lazily = slack is not None
+                alpha = row.raise_lazily(tile_max, slack) if lazily else row.raise_to(tile_max)
                 weights = [self.real(row.weight(score)) for score in tile]
                 row.absorb(alpha, float(sum(weights, self.real(0))))
                 if values is not None:
@@ -180,6 +182,36 @@ def test_merging_single_tiles_equals_absorbing_them(kind: Kind, tiles):
         merged = kind.row.merge(merged, kind.state(tile))
     rounding = kind.eps * (len(flat(tiles)) + 4 * len(tiles) + 4)
     assert_same_state(absorbed, merged, rounding)
+
+
+# --- raising lazily
+
+
+@given(tiles=tiles_of(), slack=st.sampled_from([0.0, 1.0, 8.0]))
+def test_row_raised_lazily_equals_the_definition(kind: Kind, tiles, slack: float):
+    scores = flat(tiles)
+    values = [[math.cos(7 * i + j) for j in range(len(tile))] for i, tile in enumerate(tiles)]
+    row, out = kind.fold(tiles, values, slack)
+    roundings = len(scores) + 4 * len(tiles) + 4 + slack  # a weight 2^slack is wrong by slack ulp
+    exact = kind.whitebox.exact_lse(scores)
+    if exact == -INF:
+        assert row.lse() == -INF
+    else:
+        assert row.lse() == pytest.approx(exact, rel=0, abs=lse_bound(kind, row, roundings))
+    exact_out = kind.whitebox.exact_output(scores, flat(values))
+    assert out == pytest.approx(exact_out, rel=0, abs=2 * roundings * kind.eps)
+
+
+@given(tiles=tiles_of(bound=30.0))
+def test_maximum_raised_lazily_is_never_further_behind_than_the_slack(kind: Kind, tiles):
+    row = kind.row()
+    for tile in tiles:
+        m_old, tile_max = row.m, kind.max_of(tile)
+        alpha = row.raise_lazily(tile_max, 8)
+        if row.m == m_old:
+            assert alpha == 1
+        assert tile_max <= row.m + 8
+        assert row.weight(tile_max) <= 2**8
 
 
 # --- against the definition

@@ -27,6 +27,7 @@ void bind_row(py::module_& module, const char* name) {
       .def_readwrite("l", &Row::l)
       .def("base", &Row::base)
       .def("raise_to", &Row::raise)  // `raise` is a keyword of Python
+      .def("raise_lazily", &Row::raise_lazily)
       .def("weight", &Row::weight)
       .def("absorb", &Row::absorb)
       .def("rescale_to", &Row::rescale_to)
