@@ -110,9 +110,13 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   if (s.D < 1 || s.D_v < 1)
     reject("D and D_v, the last dimensions of q and v, must be at least 1.");
   const int64_t longest = std::max({s.S_q, s.S_kv, s.D, s.D_v});
-  if (longest > std::numeric_limits<int32_t>::max()) {
-    reject("S_q, S_kv, D and D_v must be below 2^31, but one of them is " +
-           std::to_string(longest) + ".");
+  if (longest > kMaxLength) {
+    reject("S_q, S_kv, D and D_v must be at most " + std::to_string(kMaxLength) +
+           ", but one of them is " + std::to_string(longest) + ".");
+  }
+  if (s.H != 0 && s.B > std::numeric_limits<int32_t>::max() / s.H) {
+    reject("B * H must be below 2^31, but q has B = " + std::to_string(s.B) +
+           " and H = " + std::to_string(s.H) + ".");
   }
   return problem;
 }

@@ -21,7 +21,7 @@ inline int64_t visible_pairs(int64_t s_q, const Mask& mask) {
 
 // Two products of a multiply and an add for each visible pair: q k^T over D, p v over D_v.
 inline double forward_flops(const Shape& s, const Mask& mask) {
-  return 2.0 * static_cast<double>(s.B * s.H * visible_pairs(s.S_q, mask)) *
+  return 2.0 * static_cast<double>(s.B * s.H) * static_cast<double>(visible_pairs(s.S_q, mask)) *
          static_cast<double>(s.D + s.D_v);
 }
 
@@ -55,8 +55,8 @@ inline double tiled_traffic_bytes(const Shape& s, DType dtype, const Mask& mask,
     keys_read += mask.kv_range(static_cast<int32_t>(begin), static_cast<int32_t>(end)).size();
   }
   const double q_elements = static_cast<double>(s.B * s.H * s.S_q) * static_cast<double>(s.D);
-  const double kv_elements =
-      static_cast<double>(s.B * s.H * keys_read) * static_cast<double>(s.D + s.D_v);
+  const double kv_elements = static_cast<double>(s.B * s.H) * static_cast<double>(keys_read) *
+                             static_cast<double>(s.D + s.D_v);
   return (q_elements + kv_elements) * static_cast<double>(element_bytes(dtype)) +
          output_bytes(s, dtype);
 }

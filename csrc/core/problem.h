@@ -29,6 +29,9 @@ struct Shape {
   constexpr bool empty() const { return B == 0 || H == 0 || S_q == 0; }
 };
 
+// The largest S_q, S_kv, D and D_v: indices are 32-bit, with room to step past the end by a tile.
+inline constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1024;
+
 // A [B, H, S, D] tensor whose last dimension is contiguous. Strides count elements and may be
 // anything, zero and negative too.
 struct View {
@@ -47,10 +50,13 @@ struct ScoreScale {
   double sign = 1;
   double log2 = 1;
   // `scale` finite. A scale that vanishes in single precision counts as 0 for the types computed
-  // in it, so that hidden scores (-inf) are never multiplied by 0.
+  // in it, so that hidden scores (-inf) are never multiplied by 0; one that overflows it counts as
+  // its largest number.
   static ScoreScale from(double scale, DType dtype) {
-    const double log2 = std::fabs(scale) * kLog2e;
-    const double smallest = dtype == DType::f64 ? DBL_MIN : double{FLT_MIN};
+    const bool wide = dtype == DType::f64;
+    const double smallest = wide ? DBL_MIN : double{FLT_MIN};
+    const double largest = wide ? DBL_MAX : double{FLT_MAX};
+    const double log2 = std::fmin(std::fabs(scale) * kLog2e, largest);
     if (log2 < smallest) return {0, 1};
     return {scale < 0 ? -1.0 : 1.0, log2};
   }

@@ -31,7 +31,7 @@ struct SoftmaxRow {
   // and alpha is 1 until then. Weights may reach 2^slack; outputs and lse are the same, because
   // they do not depend on which m a sum is taken under. For kernels that skip rescaling by 1.
   ONLINE_ATTENTION_HD Real raise_lazily(Real tile_max, Real slack) {
-    return tile_max > m + slack ? raise(tile_max) : Real(1);
+    return tile_max - m > slack ? raise(tile_max) : Real(1);  // exact where m + slack is not
   }
 
   // (E7) p = 2^(s2 - m), the unnormalised probability of one score. A hidden score (-inf) gives 0.

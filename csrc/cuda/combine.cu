@@ -18,7 +18,7 @@ template <typename Element, typename Real>
 __global__ void __launch_bounds__(32 * kWarps)
     combine_kernel(const __grid_constant__ ForwardArgs args, uint32_t splits,
                    const __grid_constant__ SplitBuffers<Real> partial) {
-  const uint32_t row = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (row >= partial.rows) return;
   const Shape& shape = args.shape;
 
@@ -26,10 +26,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (uint32_t split = 0; split < splits; ++split) {
     whole = SoftmaxRow<Real>::merge(whole, partial.states[split * partial.rows + row]);  // (E11)
   }
-  // The launch has fewer rows than 2^31, so their divisors fit 32 bits too.
-  const auto S_q = static_cast<uint32_t>(shape.S_q), H = static_cast<uint32_t>(shape.H);
-  const uint32_t head = row / S_q;
-  Element* out = args.out.template row<Element>(head / H, head % H, row % S_q);
+  const int64_t head = row / shape.S_q;
+  Element* out = args.out.template row<Element>(head / shape.H, head % shape.H, row % shape.S_q);
   const Real inverse_sum = whole.inverse_sum();
   for (int64_t column = threadIdx.x % 32; column < shape.D_v; column += 32) {
     Real sum = 0;
@@ -46,16 +44,12 @@ __global__ void __launch_bounds__(32 * kWarps)
 template <typename Element, typename Real>
 Status combine_as(const ForwardArgs& args, const TilePlan& plan, const SplitBuffers<Real>& partial,
                   void* stream) {
-  if (partial.rows > TilePlan::kMaxTiles) {
-    return "the call has too many query rows to split its keys; split its batch";
-  }
   return launch(combine_kernel<Element, Real>, ceil_div<int64_t>(partial.rows, kWarps), 32 * kWarps,
                 0, stream, args, plan.splits, partial);
 }
 
 }  // namespace
 
-template <>
 Status combine(const ForwardArgs& args, const TilePlan& plan, const SplitBuffers<float>& partial,
                void* stream) {
   switch (args.dtype) {
@@ -68,7 +62,6 @@ Status combine(const ForwardArgs& args, const TilePlan& plan, const SplitBuffers
   }
 }
 
-template <>
 Status combine(const ForwardArgs& args, const TilePlan& plan, const SplitBuffers<double>& partial,
                void* stream) {
   return combine_as<double>(args, plan, partial, stream);

@@ -8,8 +8,9 @@
 namespace online_attention::cuda {
 
 // Merges the splits of a plan, in order, into out and lse (E11, E12).
-template <typename Real>
-Status combine(const ForwardArgs& args, const TilePlan& plan, const SplitBuffers<Real>& partial,
+Status combine(const ForwardArgs& args, const TilePlan& plan, const SplitBuffers<float>& partial,
+               void* stream);
+Status combine(const ForwardArgs& args, const TilePlan& plan, const SplitBuffers<double>& partial,
                void* stream);
 
 }  // namespace online_attention::cuda

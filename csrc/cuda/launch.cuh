@@ -13,14 +13,17 @@ namespace online_attention::cuda {
 template <typename... Params, typename... Args>
 Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int smem_bytes, void* stream,
               const Args&... args) {
-  if (blocks > TilePlan::kMaxTiles) {
-    return "the call has too many query tiles for one launch; split its batch";
+  if (blocks < 1 || blocks > TilePlan::kMaxTiles) {
+    return "the call has more than 2^31 query tiles: split its batch";
   }
   constexpr int kDefaultSmemBytes = 48 * 1024;  // what a kernel may have without asking
   if (smem_bytes > kDefaultSmemBytes) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());  // or the next launch would report it
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<static_cast<unsigned>(blocks), threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(
       args...);

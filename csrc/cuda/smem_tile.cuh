@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/row_source.cuh"
 
 namespace online_attention::cuda {
@@ -50,9 +51,7 @@ __device__ __forceinline__ void store_chunk(uint32_t target, const Element* sour
       words[e / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(source)[e]} << (16 * (e % 2));
     }
   }
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(target), "r"(words[0]), "r"(words[1]),
-               "r"(words[2]), "r"(words[3])
-               : "memory");
+  ptx::store_shared(target, words);
 }
 
 // Starts the copy of rows [first, first + kRows) into a tile; the caller commits and waits. All

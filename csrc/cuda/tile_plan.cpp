@@ -14,6 +14,8 @@ constexpr int64_t kMaxSectionTiles = int64_t{1} << 30;
 // A split reads at least this many key tiles: fewer, and merging costs more than it saves.
 constexpr int32_t kMinTilesPerSplit = 4;
 constexpr int32_t kMaxSplits = 128;
+// Rows times splits of one packed head: bounds the workspace, whatever S_kv is.
+constexpr int32_t kMaxSplitRows = 4096;
 // With batch_invariant a split holds this many key tiles, however empty the device is.
 constexpr int32_t kInvariantTilesPerSplit = 16;
 
@@ -29,7 +31,8 @@ uint32_t section_heads(const ForwardArgs& args, const TilePlan& plan) {
 int32_t wanted_splits(const ForwardArgs& args, const TilePlan& plan, const TileShape& tile,
                       int multiprocessors) {
   const auto kv_tiles = static_cast<int32_t>(ceil_div<int64_t>(args.shape.S_kv, tile.n));
-  const int32_t most = std::min(kMaxSplits, kv_tiles / kMinTilesPerSplit);
+  const int32_t most =
+      std::min({kMaxSplits, kv_tiles / kMinTilesPerSplit, std::max(1, kMaxSplitRows / plan.rows)});
   if (most <= 1) return 1;
   if (args.batch_invariant) {
     return plan.q_tiles == 1 ? std::min(most, ceil_div(kv_tiles, kInvariantTilesPerSplit)) : 1;
@@ -52,7 +55,7 @@ TilePlan plan_tiles(const ForwardArgs& args, const TileShape& tile, int multipro
   if (plan.pack > 1) plan.pack_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.pack + 1);
   plan.rows = static_cast<int32_t>(s.S_q * plan.pack);
   plan.q_tiles = static_cast<uint32_t>(ceil_div<int64_t>(plan.rows, tile.m));
-  plan.columns = static_cast<uint32_t>(tile.columns);
+  plan.column_blocks = static_cast<uint32_t>(tile.column_blocks);
   plan.heads_per_batch = static_cast<uint32_t>(s.H / plan.pack);
   plan.heads = static_cast<uint32_t>(s.B * plan.heads_per_batch);
   plan.section_heads = section_heads(args, plan);

@@ -13,7 +13,8 @@ namespace online_attention::cuda {
 
 struct TileCoord {
   int32_t b, h;  // batch element; first query head of the tile
-  int32_t q_tile, split, column;
+  int32_t q_tile, split;
+  int32_t column_block;  // which part of D_v
 };
 
 struct TilePlan {
@@ -27,21 +28,23 @@ struct TilePlan {
   uint32_t pack_inverse = 0;   // floor(2^32 / pack) + 1, or 0 if pack is 1: see query_of
   // Counts, unsigned because the device divides by them.
   uint32_t q_tiles = 0;        // of one packed head
-  uint32_t columns = 1;        // blocks that share a query tile, each with its part of D_v
+  uint32_t column_blocks = 1;  // that share a query tile, each with its part of D_v
   uint32_t splits = 1;         // parts of the keys, merged by combine
   uint32_t section_heads = 1;  // packed heads whose tiles are interleaved, see locate
   uint32_t heads = 0;          // B * H / pack
   uint32_t heads_per_batch = 1;
 
-  ONLINE_ATTENTION_HD int64_t tiles() const { return int64_t{heads} * q_tiles * splits * columns; }
+  ONLINE_ATTENTION_HD int64_t tiles() const {
+    return int64_t{heads} * q_tiles * splits * column_blocks;
+  }
 
   // Blocks start in index order. Within a section of heads whose keys and values fit the L2 cache
   // together, later query tiles come first: under a causal mask they see the most keys, and the
   // short tiles are left to fill the gaps at the end.
   // `index` < tiles() <= kMaxTiles.
   ONLINE_ATTENTION_HD TileCoord locate(uint32_t index) const {
-    const uint32_t column = index % columns;
-    index /= columns;
+    const uint32_t column_block = index % column_blocks;
+    index /= column_blocks;
     const uint32_t split = index % splits;
     index /= splits;
     const uint32_t section_tiles = section_heads * q_tiles;
@@ -53,7 +56,7 @@ struct TilePlan {
     return {static_cast<int32_t>(head / heads_per_batch),
             static_cast<int32_t>(head % heads_per_batch) * pack,
             static_cast<int32_t>(q_tiles - 1 - index / heads_here), static_cast<int32_t>(split),
-            static_cast<int32_t>(column)};
+            static_cast<int32_t>(column_block)};
   }
 
   // row / pack as a multiplication, exact because kMaxPack keeps row * pack under 2^32. Rows are
@@ -92,12 +95,12 @@ struct TilePlan {
 // What a kernel offers the plan.
 struct TileShape {
   int32_t m, n;           // rows and keys of a tile
-  int32_t columns;        // ceil(D_v / the columns one block computes)
+  int32_t column_blocks;  // ceil(D_v / the columns that one block computes)
   int32_t blocks_per_sm;  // resident at once
 };
 
-// Chooses packing, splits and order. Depends on lengths alone if args.batch_invariant. A call of
-// more than kMaxTiles tiles gets a plan that launch() refuses.
+// Chooses packing, splits and order. Depends on lengths alone if args.batch_invariant. Callers keep
+// B * H below 2^31; a call of more than kMaxTiles tiles gets a plan that launch() refuses.
 TilePlan plan_tiles(const ForwardArgs& args, const TileShape& tile, int multiprocessors);
 
 // The partial results of a plan with more than one split, in the workspace: outputs before

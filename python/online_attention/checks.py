@@ -18,7 +18,8 @@ from . import _C
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 DEVICES = frozenset({"cpu", "cuda"} if _C.built_with_cuda() else {"cpu"})
-SIZE_MAX = 2**31 - 1
+LENGTH_MAX = 2**31 - 1024  # kMaxLength of csrc/core/problem.h
+HEADS_MAX = 2**31 - 1
 
 Names = tuple[str, str, str]
 NAMES: Names = ("q", "k", "v")
@@ -112,14 +113,19 @@ def check_shapes(names: Names, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_limits(names: Names, *tensors: Tensor) -> None:
-    """Refuse sizes that do not fit in 32 bits."""
+    """Refuse sizes that the kernels do not count."""
     for name, shape, tensor in zip(names, _SHAPES, tensors, strict=True):
-        if tensor.shape[2] > SIZE_MAX or tensor.shape[3] > SIZE_MAX:
+        if tensor.shape[2] > LENGTH_MAX or tensor.shape[3] > LENGTH_MAX:
             raise ValueError(
-                f"{name} must have a shape {shape} whose last two sizes are below 2^31, but its "
-                f"shape is {tuple(tensor.shape)}: split the sequence and use "
+                f"{name} must have a shape {shape} whose last two sizes are at most {LENGTH_MAX}, "
+                f"but its shape is {tuple(tensor.shape)}: split the sequence and use "
                 "online_attention.merge."
             )
+    if tensors[0].shape[0] * tensors[0].shape[1] > HEADS_MAX:
+        raise ValueError(
+            f"B * H must be below 2^31, but {names[0]} has the shape {tuple(tensors[0].shape)}: "
+            "split the batch."
+        )
 
 
 def check_sizes(

@@ -21,44 +21,100 @@ struct ForwardConfig {
   }
 };
 
-// Registers per thread decide: scores take 4 * row_atoms * tile_n / 8, outputs 4 * row_atoms *
-// head_dim / 8, and two blocks of four warps on one SM leave 255 for each thread. Two row atoms
-// halve the shared-memory reads per product; they fit up to head dim 128.
+// Measured in lab/01_portable_tile_shapes. Registers per thread decide: scores take 4 * row_atoms *
+// tile_n / 8, outputs 4 * row_atoms * head_dim / 8, and two blocks of four warps on one SM leave
+// 255 for each thread. Two row atoms halve the shared-memory reads per product; they fit up to head
+// dim 128.
 template <int kHeadDim>
 inline constexpr ForwardConfig kAmpere{};
 template <>
-inline constexpr ForwardConfig kAmpere<64>{64, 2, 4, 128, 2, false};
+inline constexpr ForwardConfig kAmpere<64>{.head_dim = 64,
+                                           .row_atoms = 2,
+                                           .warps = 4,
+                                           .tile_n = 128,
+                                           .blocks_per_sm = 2,
+                                           .q_in_registers = false};
 template <>
-inline constexpr ForwardConfig kAmpere<96>{96, 2, 4, 64, 2, false};
+inline constexpr ForwardConfig kAmpere<96>{.head_dim = 96,
+                                           .row_atoms = 2,
+                                           .warps = 4,
+                                           .tile_n = 64,
+                                           .blocks_per_sm = 2,
+                                           .q_in_registers = false};
 template <>
-inline constexpr ForwardConfig kAmpere<128>{128, 2, 4, 64, 2, false};
+inline constexpr ForwardConfig kAmpere<128>{.head_dim = 128,
+                                            .row_atoms = 2,
+                                            .warps = 4,
+                                            .tile_n = 64,
+                                            .blocks_per_sm = 2,
+                                            .q_in_registers = false};
 template <>
-inline constexpr ForwardConfig kAmpere<192>{192, 1, 4, 64, 2, false};
+inline constexpr ForwardConfig kAmpere<192>{.head_dim = 192,
+                                            .row_atoms = 1,
+                                            .warps = 4,
+                                            .tile_n = 64,
+                                            .blocks_per_sm = 2,
+                                            .q_in_registers = false};
 template <>
-inline constexpr ForwardConfig kAmpere<256>{256, 1, 4, 64, 2, false};
+inline constexpr ForwardConfig kAmpere<256>{.head_dim = 256,
+                                            .row_atoms = 1,
+                                            .warps = 4,
+                                            .tile_n = 64,
+                                            .blocks_per_sm = 2,
+                                            .q_in_registers = false};
 
 // Turing has 64 KiB of shared memory for a block.
 template <int kHeadDim>
 inline constexpr ForwardConfig kTuring{};
 template <>
-inline constexpr ForwardConfig kTuring<64>{64, 2, 4, 64, 1, true};
+inline constexpr ForwardConfig kTuring<64>{.head_dim = 64,
+                                           .row_atoms = 2,
+                                           .warps = 4,
+                                           .tile_n = 64,
+                                           .blocks_per_sm = 1,
+                                           .q_in_registers = true};
 template <>
-inline constexpr ForwardConfig kTuring<96>{96, 2, 4, 32, 1, false};
+inline constexpr ForwardConfig kTuring<96>{.head_dim = 96,
+                                           .row_atoms = 2,
+                                           .warps = 4,
+                                           .tile_n = 32,
+                                           .blocks_per_sm = 1,
+                                           .q_in_registers = false};
 template <>
-inline constexpr ForwardConfig kTuring<128>{128, 2, 4, 32, 1, false};
+inline constexpr ForwardConfig kTuring<128>{.head_dim = 128,
+                                            .row_atoms = 2,
+                                            .warps = 4,
+                                            .tile_n = 32,
+                                            .blocks_per_sm = 1,
+                                            .q_in_registers = false};
 template <>
-inline constexpr ForwardConfig kTuring<192>{192, 1, 4, 32, 1, false};
+inline constexpr ForwardConfig kTuring<192>{.head_dim = 192,
+                                            .row_atoms = 1,
+                                            .warps = 4,
+                                            .tile_n = 32,
+                                            .blocks_per_sm = 1,
+                                            .q_in_registers = false};
 template <>
-inline constexpr ForwardConfig kTuring<256>{256, 1, 4, 32, 1, false};
+inline constexpr ForwardConfig kTuring<256>{.head_dim = 256,
+                                            .row_atoms = 1,
+                                            .warps = 4,
+                                            .tile_n = 32,
+                                            .blocks_per_sm = 1,
+                                            .q_in_registers = false};
 
 template <int kHeadDim, bool kForTuring>
 ONLINE_ATTENTION_HD constexpr ForwardConfig config_of() {
   return kForTuring ? kTuring<kHeadDim> : kAmpere<kHeadDim>;
 }
 
+// The most that one block can have on sm_75, and on sm_86 and sm_89, the smallest from sm_80 on.
 inline constexpr int kTuringSmemBytes = 64 * 1024;
-static_assert(kTuring<192>.smem_bytes() <= kTuringSmemBytes);
-static_assert(kTuring<128>.smem_bytes() <= kTuringSmemBytes);
-static_assert(kTuring<256>.smem_bytes() <= kTuringSmemBytes);
+inline constexpr int kAmpereSmemBytes = 99 * 1024;
+template <int... kHeadDims>
+constexpr bool fits() {
+  return ((kTuring<kHeadDims>.smem_bytes() <= kTuringSmemBytes) && ...) &&
+         ((kAmpere<kHeadDims>.smem_bytes() <= kAmpereSmemBytes) && ...);
+}
+static_assert(fits<64, 96, 128, 192, 256>());
 
 }  // namespace online_attention::cuda::portable

@@ -4,6 +4,7 @@
 #include "cuda/portable/forward.h"
 #include "cuda/portable/simt_forward.h"
 
+// Named, never defined here: host code picks kernels by element type without CUDA's headers.
 struct __half;
 struct __nv_bfloat16;
 
@@ -11,19 +12,17 @@ namespace online_attention::cuda::portable {
 namespace {
 
 struct Kernel {
-  int64_t columns;  // of D_v that one block computes
-  TileShape (*tile)();
+  TileShape (*tile)(int64_t D_v);
   Status (*launch)(const ForwardArgs&, const TilePlan&, const Launch&);
 };
 
 template <typename Element, int kOutColumns, int kKeys>
 constexpr Kernel kernel() {
-  return {kOutColumns, simt_tile<Element, kOutColumns, kKeys>,
-          launch_simt<Element, kOutColumns, kKeys>};
+  return {simt_tile<Element, kOutColumns, kKeys>, launch_simt<Element, kOutColumns, kKeys>};
 }
 
-// With few query rows, plain PyTorch sums in the tree of a matrix-vector product; so near its error
-// the sums of the fast tiles do not stay, and the arithmetic is not what takes the time.
+// With few query rows PyTorch sums as a tree, and the long sums of the fast tiles would exceed
+// twice its error; the arithmetic is not what takes the time then.
 constexpr int64_t kFewRows = 64;
 
 Kernel kernel_of(const ForwardArgs& args) {
@@ -42,10 +41,7 @@ Kernel kernel_of(const ForwardArgs& args) {
 }
 
 TilePlan plan_for(const ForwardArgs& args, const Device& device) {
-  const Kernel kernel = kernel_of(args);
-  TileShape tile = kernel.tile();
-  tile.columns = static_cast<int32_t>(ceil_div(args.shape.D_v, kernel.columns));
-  return plan_tiles(args, tile, device.multiprocessors);
+  return plan_tiles(args, kernel_of(args).tile(args.shape.D_v), device.multiprocessors);
 }
 
 template <typename Real>

@@ -14,6 +14,7 @@
 #include <cuda_fp16.h>
 
 #include "core/softmax_row.h"
+#include "cuda/arithmetic.cuh"
 #include "cuda/portable/simt_slice.cuh"
 #include "cuda/tile_plan.h"
 
@@ -71,7 +72,9 @@ struct SimtBlock {
     return at.q_tile * Config::kTileM + ty + Config::kThreadsY * i;
   }
   __device__ __forceinline__ int32_t query(int i) const { return plan.query_of(packed_row(i)); }
-  __device__ __forceinline__ int32_t first_column() const { return at.column * Config::kColumns; }
+  __device__ __forceinline__ int32_t first_column() const {
+    return at.column_block * Config::kColumns;
+  }
 
   // Columns [d, d + kSliceD) of the block's queries, and of the keys from `kv` on behind them.
   __device__ __forceinline__ void load_qk(int buffer, int32_t kv, int32_t d) const {
@@ -174,7 +177,7 @@ struct SimtBlock {
       Real* p_row = probabilities + (ty + Config::kThreadsY * i) * Config::kPitchP + tx;
 #pragma unroll
       for (int j = 0; j < kScores; ++j) {
-        const Real p = softmax[i].weight(scores[i][j] * scale_log2);
+        const Real p = softmax[i].weight(rounded_product(scores[i][j], scale_log2));
         p_row[Config::kThreadsX * j] = p;
         tile_sum += p;
       }
@@ -268,7 +271,7 @@ struct SimtBlock {
       const int32_t q_idx = plan.query_of(row);
       const int32_t h = at.h + row - q_idx * plan.pack;
       const int64_t lse_row = (int64_t{at.b} * args.shape.H + h) * args.shape.S_q + q_idx;
-      const bool writes_lse = tx == 0 && at.column == 0;
+      const bool writes_lse = tx == 0 && at.column_block == 0;
       if (plan.splits > 1) {
         const int64_t slot = at.split * partial.rows + lse_row;
         if (writes_lse) partial.states[slot] = softmax[i];
@@ -337,7 +340,7 @@ __global__ void __launch_bounds__(128, 2) simt_forward_kernel(
       } else if (kv + Config::kTileN < keys.end) {
         block.load_qk(buffer, kv + Config::kTileN, 0);
       }
-      if (masked && block.has_nonfinite(here)) {
+      if (masked && args.mask.is_banded() && block.has_nonfinite(here)) {
         block.template multiply_pv<true>(here, n, kv);
       } else {
         block.template multiply_pv<false>(here, n, kv);  // P V

@@ -8,9 +8,9 @@
 
 namespace online_attention::cuda::portable {
 
-// Tile shape, for the plan; `columns` and `blocks_per_sm` are left to the caller.
+// Tile shape, for the plan.
 template <typename Element, int kOutColumns, int kKeys>
-TileShape simt_tile();
+TileShape simt_tile(int64_t D_v);
 
 template <typename Element, int kOutColumns, int kKeys>
 Status launch_simt(const ForwardArgs& args, const TilePlan& plan, const Launch& launch);

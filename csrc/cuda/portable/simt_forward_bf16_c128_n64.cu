@@ -3,7 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
-template TileShape simt_tile<__nv_bfloat16, 128, 64>();
+template TileShape simt_tile<__nv_bfloat16, 128, 64>(int64_t);
 template Status launch_simt<__nv_bfloat16, 128, 64>(const ForwardArgs&, const TilePlan&,
                                                     const Launch&);
 

@@ -3,7 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
-template TileShape simt_tile<float, 128, 64>();
+template TileShape simt_tile<float, 128, 64>(int64_t);
 template Status launch_simt<float, 128, 64>(const ForwardArgs&, const TilePlan&, const Launch&);
 
 }  // namespace online_attention::cuda::portable

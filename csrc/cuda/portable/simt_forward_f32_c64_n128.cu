@@ -3,7 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
-template TileShape simt_tile<float, 64, 128>();
+template TileShape simt_tile<float, 64, 128>(int64_t);
 template Status launch_simt<float, 64, 128>(const ForwardArgs&, const TilePlan&, const Launch&);
 
 }  // namespace online_attention::cuda::portable

@@ -9,9 +9,10 @@
 namespace online_attention::cuda::portable {
 
 template <typename Element, int kOutColumns, int kKeys>
-TileShape simt_tile() {
+TileShape simt_tile(int64_t D_v) {
   using Config = SimtConfig<typename SimtTraits<Element>::Real, kOutColumns, kKeys>;
-  return {Config::kTileM, Config::kTileN, 1, 2};
+  const int64_t column_blocks = ceil_div<int64_t>(D_v, Config::kColumns);
+  return {Config::kTileM, Config::kTileN, static_cast<int32_t>(column_blocks), 2};
 }
 
 template <typename Element, int kOutColumns, int kKeys>

@@ -7,6 +7,7 @@
 #include "cuda/portable/forward.h"
 #include "cuda/portable/tensor_core_forward.h"
 
+// Named, never defined here: host code picks kernels by element type without CUDA's headers.
 struct __half;
 struct __nv_bfloat16;
 

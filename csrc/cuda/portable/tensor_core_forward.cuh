@@ -105,16 +105,13 @@ struct BlockContext {
     for (int piece = threadIdx.x; piece < kPieces; piece += kConfig.threads()) {
       uint32_t words[4];
       const uint32_t address = v_smem + piece * kChunkBytes;
-      asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(address)
-                   : "memory");
+      ptx::load_shared(words, address);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const uint32_t finite = without_nonfinite<Element>(words[w]);
         if (finite == words[w]) continue;
         found = true;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 4 * w), "r"(finite) : "memory");
+        ptx::store_shared(address + 4 * w, finite);
       }
     }
     return __syncthreads_or(found) != 0;
@@ -138,7 +135,7 @@ __device__ __forceinline__ void store_rows(const WarpTile<Element, kConfig>& war
       const float (&tile)[4] = warp.out[r / 2][d];
       const uint32_t pair = pack_pair<Element>(tile[r % 2 * 2], tile[r % 2 * 2 + 1]);
       const uint32_t address = block.q_smem + Tile::offset(Warp::row(r), d) + Warp::lane() % 4 * 4;
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(pair) : "memory");
+      ptx::store_shared(address, pair);
     }
   }
   if (Warp::lane() % 4 == 0) {
@@ -162,20 +159,16 @@ __device__ __forceinline__ void store_rows(const WarpTile<Element, kConfig>& war
     Element* target = args.out.template row<Element>(
                           block.at.b, block.at.h + packed - q_idx * block.plan.pack, q_idx) +
                       chunk * kChunkElements;
-    uint4 words;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(block.q_smem + Tile::offset(row, chunk))
-                 : "memory");
+    uint32_t words[4];
+    ptx::load_shared(words, block.q_smem + Tile::offset(row, chunk));
     if (aligned) {
-      *reinterpret_cast<uint4*>(target) = words;
+      *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
     } else {
-      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int e = 0; e < kChunkElements; ++e) {
         if (e < count) {
           reinterpret_cast<uint16_t*>(target)[e] =
-              static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)));
+              static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
         }
       }
     }
@@ -216,8 +209,6 @@ __device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem
   const BlockContext<Element, kConfig> block(call, blockIdx.x, smem);
   const Mask& mask = call.args.mask;
   const KvRange keys = plan.keys(mask, block.at);
-  const int32_t query_begin = plan.query_begin(block.at.q_tile);
-  const int32_t query_end = plan.query_end(block.at.q_tile);
 
   using Warp = WarpTile<Element, kConfig>;
   const auto query = [&](int r) { return plan.query_of(block.first_row() + Warp::row(r)); };
@@ -238,7 +229,9 @@ __device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem
     if (kv + kConfig.tile_n < keys.end) block.load_k(kv + kConfig.tile_n);
     if (call.sign != 1) warp.scale_scores(call.sign);
     bool nonfinite = false;
-    if (mask.tile_needs_mask(query_begin, query_end, kv, kv + kConfig.tile_n)) {
+    const int32_t q_tile = tied(block.at.q_tile, kv);
+    if (mask.tile_needs_mask(plan.query_begin(q_tile), plan.query_end(q_tile), kv,
+                             kv + kConfig.tile_n)) {
       warp.hide(mask, query, kv);
       if (mask.is_banded()) nonfinite = block.clear_nonfinite_v();
     }

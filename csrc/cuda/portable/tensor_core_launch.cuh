@@ -2,6 +2,8 @@
 // The body of launch_tensor_core, for the .cu files that instantiate it.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/launch.cuh"
 #include "cuda/portable/tensor_core_forward.cuh"
 #include "cuda/portable/tensor_core_forward.h"
@@ -27,7 +29,7 @@ Status launch_config(const ForwardArgs& args, const TilePlan& plan, const Launch
 
 template <typename Element, int kHeadDim>
 Status launch_tensor_core(const ForwardArgs& args, const TilePlan& plan, const Launch& on) {
-  if constexpr (sizeof(Element) == 2 && __is_same(Element, __half)) {
+  if constexpr (std::is_same_v<Element, __half>) {
     if (on.device.arch < 80) return launch_config<Element, kHeadDim, true>(args, plan, on);
   }
   return launch_config<Element, kHeadDim, false>(args, plan, on);

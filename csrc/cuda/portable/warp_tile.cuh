@@ -6,6 +6,7 @@
 
 #include "core/mask.h"
 #include "core/softmax_row.h"
+#include "cuda/arithmetic.cuh"
 #include "cuda/fragment.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/ptx/ldmatrix.cuh"
@@ -105,13 +106,14 @@ struct WarpTile {
     }
   }
 
-  __device__ __forceinline__ void scale_scores(float sign) {
+  __device__ __forceinline__ void scale_scores(float factor) {
 #pragma unroll
     for (int atom = 0; atom < kAtoms; ++atom) {
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) scores[atom][n][c] *= sign;
+        for (int c = 0; c < 4; ++c)
+          scores[atom][n][c] = rounded_product(scores[atom][n][c], factor);
       }
     }
   }
@@ -140,12 +142,14 @@ struct WarpTile {
   // Rows' maxima follow the scores in steps of at least 2^8, after which sums and outputs must be
   // rescaled: rarely after the first key tiles. Weights then reach 2^8 at most, which fp16 holds.
   static constexpr float kSlack = 8;
+  // Up to here m is rounded by at most 1, so that weights from fused products stay near 2^8.
+  static constexpr float kFusedUpTo = 1 << 24;
 
   // (E6)-(E8): raises the rows' maxima by this tile, brings the outputs to the new maximum, turns
   // scores into probabilities and absorbs their sums. A row's sum stays spread over its quad.
   __device__ __forceinline__ void update_softmax(float scale_log2) {
     float alpha[kRows];
-    bool rescale = false;
+    bool rescale = false, huge = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float tile_max = -kInfinity<float>;
@@ -156,16 +160,14 @@ struct WarpTile {
       }
       alpha[r] = softmax[r].raise_lazily(quad_max(tile_max) * scale_log2, kSlack);
       rescale |= alpha[r] != 1;
+      huge |= fabsf(softmax[r].base()) > kFusedUpTo;
     }
-    if (__any_sync(0xffffffffu, rescale)) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        softmax[r].l *= alpha[r];
-#pragma unroll
-        for (int d = 0; d < kDimTiles; ++d) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) out[r / 2][d][r % 2 * 2 + j] *= alpha[r];
-        }
+    float factor = scale_log2;
+    if (__any_sync(0xffffffffu, rescale || huge)) {
+      rescale_rows(alpha);
+      if (__any_sync(0xffffffffu, huge)) {
+        scale_scores(scale_log2);
+        factor = 1;
       }
     }
 #pragma unroll
@@ -176,11 +178,23 @@ struct WarpTile {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = scores[r / 2][n][r % 2 * 2 + j];
-          score = softmax[r].weight(score * scale_log2);
+          score = softmax[r].weight(score * factor);
           tile_sum += score;
         }
       }
-      softmax[r].absorb(1, tile_sum);
+      softmax[r].absorb(1, tile_sum);  // rescaled above, where it was needed
+    }
+  }
+
+  __device__ __forceinline__ void rescale_rows(const float (&alpha)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      softmax[r].absorb(alpha[r], 0);
+#pragma unroll
+      for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) out[r / 2][d][r % 2 * 2 + j] *= alpha[r];
+      }
     }
   }
 
@@ -211,7 +225,7 @@ struct WarpTile {
   }
 
   // Adds the Inf and NaN elements of a value tile, which multiply_pv has seen as zeros, to the rows
-  // that see their keys. A weight is positive, so the sum is what the weighted one would be.
+  // that see their keys. Exact weights are positive, so the sum is what the weighted one would be.
   template <typename Query>
   __device__ __forceinline__ void add_nonfinite(const Mask& mask, const Query& query,
                                                 const RowSource<Element>& v, int32_t kv_begin,

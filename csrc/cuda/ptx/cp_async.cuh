@@ -7,7 +7,8 @@
 
 namespace online_attention::cuda::ptx {
 
-// cp.async.{ca,cg}.shared.global with zero fill (PTX 7.0, sm_80). Copies kBytes (4, 8 or 16; both
+// cp.async.{ca,cg}.shared.global with zero fill (PTX 7.0, sm_80), 16 bytes with the hint to fetch
+// 128 bytes into L2 (PTX 7.4). Copies kBytes (4, 8 or 16; both
 // addresses so aligned) if `valid`, else writes zeros and reads nothing. Visible to the thread
 // after cp_async_wait, to others after a barrier behind that.
 template <int kBytes>

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Loads and stores at 32-bit shared-window addresses (see shared_address).
+#pragma once
+
+#include <cstdint>
+
+namespace online_attention::cuda::ptx {
+
+// ld.shared.v4.b32; 16-byte aligned.
+__device__ __forceinline__ void load_shared(uint32_t (&words)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+// st.shared.v4.b32; 16-byte aligned.
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// st.shared.b32; 4-byte aligned.
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+
+}  // namespace online_attention::cuda::ptx
