@@ -1,10 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include <limits>
+
 namespace online_attention::cuda {
 
-// a * b rounded, never fused with an addition behind it. A weight 2^(score * scale - m) may use a
-// fused product only while the rounding of m, itself such a product, stays far below 1.
+// A weight 2^(score * scale - m) takes the product fused with the subtraction, so that it is not
+// rounded by itself; m, such a product too, is. The largest score then weighs 2^(rounding of m) in
+// place of 1, which cancels as long as it is near 1: up to this |m|, where it is rounded by at most
+// 1. Beyond, both products must be rounded alike.
+template <typename Real>
+inline constexpr Real kFusedUpTo = 1 / std::numeric_limits<Real>::epsilon();
+
+// a * b rounded, never fused with an addition behind it.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 

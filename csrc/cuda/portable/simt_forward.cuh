@@ -173,11 +173,19 @@ struct SimtBlock {
         tile_max = max_of(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, lane));
       }
       alpha[i] = softmax[i].raise(tile_max * scale_log2);
+      Real factor = scale_log2;
+      if (fabs(softmax[i].base()) > kFusedUpTo<Real>) {
+        factor = 1;
+#pragma unroll
+        for (int j = 0; j < kScores; ++j) {
+          scores[i][j] = rounded_product(scores[i][j], scale_log2);
+        }
+      }
       Real tile_sum = 0;
       Real* p_row = probabilities + (ty + Config::kThreadsY * i) * Config::kPitchP + tx;
 #pragma unroll
       for (int j = 0; j < kScores; ++j) {
-        const Real p = softmax[i].weight(rounded_product(scores[i][j], scale_log2));
+        const Real p = softmax[i].weight(scores[i][j] * factor);
         p_row[Config::kThreadsX * j] = p;
         tile_sum += p;
       }

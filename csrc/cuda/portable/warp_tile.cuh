@@ -142,8 +142,6 @@ struct WarpTile {
   // Rows' maxima follow the scores in steps of at least 2^8, after which sums and outputs must be
   // rescaled: rarely after the first key tiles. Weights then reach 2^8 at most, which fp16 holds.
   static constexpr float kSlack = 8;
-  // Up to here m is rounded by at most 1, so that weights from fused products stay near 2^8.
-  static constexpr float kFusedUpTo = 1 << 24;
 
   // (E6)-(E8): raises the rows' maxima by this tile, brings the outputs to the new maximum, turns
   // scores into probabilities and absorbs their sums. A row's sum stays spread over its quad.
@@ -160,7 +158,7 @@ struct WarpTile {
       }
       alpha[r] = softmax[r].raise_lazily(quad_max(tile_max) * scale_log2, kSlack);
       rescale |= alpha[r] != 1;
-      huge |= fabsf(softmax[r].base()) > kFusedUpTo;
+      huge |= fabsf(softmax[r].base()) > kFusedUpTo<float>;
     }
     float factor = scale_log2;
     if (__any_sync(0xffffffffu, rescale || huge)) {
