@@ -21,6 +21,9 @@ from types import ModuleType
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = REPOSITORY / "tests" / "whitebox"
+CSRC = REPOSITORY / "csrc"
+# What the headers declare and a test binds, as far as it needs no CUDA.
+COMPILED_WITH = [CSRC / "cuda" / "tile_plan.cpp"]
 CACHE = REPOSITORY / "build" / "whitebox"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 
@@ -66,7 +69,8 @@ def compile_module(command: list[str], sources: list[Path], target: Path) -> Non
     """Compiles beside the target and renames, so that runs at the same time cannot meet."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [Path(folder) / (source.stem + ".o") for source in sources]
+        # Numbered, for a binding is named like the source that it binds.
+        objects = [Path(folder) / f"{i}_{source.stem}.o" for i, source in enumerate(sources)]
         jobs = [
             [*command, "-c", str(source), "-o", str(out)]
             for source, out in zip(sources, objects, strict=True)
@@ -82,12 +86,13 @@ def load() -> ModuleType:
     command = [
         *compiler(),
         *FLAGS,
-        f"-I{REPOSITORY / 'csrc'}",
+        f"-I{CSRC}",
         f"-isystem{pybind11_include()}",
         f"-isystem{sysconfig.get_paths()['include']}",
     ]
-    sources = sorted(SOURCES.glob("*.cpp"))
-    headers = sorted(SOURCES.glob("*.h")) + sorted((REPOSITORY / "csrc" / "core").glob("*.h"))
+    sources = sorted(SOURCES.glob("*.cpp")) + COMPILED_WITH
+    headers = sorted(SOURCES.glob("*.h")) + sorted((CSRC / "core").glob("*.h"))
+    headers += [source.with_suffix(".h") for source in COMPILED_WITH]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     target = CACHE / cache_key(command, sources + headers) / f"whitebox{suffix}"
     if not target.exists():

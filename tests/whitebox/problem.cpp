@@ -25,11 +25,26 @@ void bind_problem(py::module_& module) {
            py::arg("S_kv"), py::arg("D"), py::arg("D_v"))
       .def("group", &oa::Shape::group)
       .def("empty", &oa::Shape::empty);
+  module.attr("MAX_LENGTH") = oa::kMaxLength;
 
   py::class_<oa::ScoreScale>(module, "ScoreScale")
       .def_readonly("sign", &oa::ScoreScale::sign)
       .def_readonly("log2", &oa::ScoreScale::log2)
       .def_static("of", &oa::ScoreScale::from);  // `from` is a keyword of Python
+
+  // Without tensors: what a plan is made from.
+  py::class_<oa::ForwardArgs>(module, "ForwardArgs")
+      .def(py::init([](oa::DType dtype, const oa::Shape& shape, const oa::Mask& mask,
+                       bool batch_invariant) {
+             oa::ForwardArgs args;
+             args.dtype = dtype;
+             args.shape = shape;
+             args.mask = mask;
+             args.batch_invariant = batch_invariant;
+             return args;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("mask"),
+           py::arg("batch_invariant"));
 
   module.def("visible_pairs", &oa::visible_pairs);
   module.def("forward_flops", &oa::forward_flops);
