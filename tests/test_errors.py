@@ -21,7 +21,15 @@ Q = torch.ones(2, 4, 5, 8)
 K = torch.ones(2, 2, 7, 8)
 V = torch.ones(2, 2, 7, 6)
 
+# Broadcast, so that sizes beyond every limit take no memory.
+ONE = torch.ones(1, 1, 1, 1)
+MANY = ONE.expand(2**16, 2**15, 1, 1)
+LONG = ONE.expand(1, 1, 2**31 - 1023, 1)
+
 TENSORS = {
+    "too-many-heads": (MANY, MANY, MANY, ValueError, r"B \* H must be below 2\^31, but q has"),
+    "too-many-keys": (ONE, LONG, LONG, ValueError, "k must have .* at most 2147482624, but"),
+    "too-many-queries": (LONG, ONE, ONE, ValueError, "q must have .* at most 2147482624, but"),
     "q-rank-3": (Q[0], K, V, ValueError, r"q must have 4 dimensions \(B, H, S_q, D\).*\(4, 5, 8\)"),
     "k-rank-5": (Q, K[None], V, ValueError, r"k must have 4 dimensions \(B, H_kv, S_kv, D\)"),
     "v-rank-0": (Q, K, V[0, 0, 0, 0], ValueError, r"v must have 4 dimensions .*shape is \(\)"),
@@ -135,6 +143,8 @@ forward = torch.ops.online_attention.forward
 SETTINGS = (1.0, 1, -1, -1, False)
 
 OPERATOR = {
+    "too-many-heads": ((MANY, MANY, MANY, *SETTINGS), r"B \* H must be below 2\^31"),
+    "too-many-keys": ((ONE, LONG, LONG, *SETTINGS), "must be at most 2147482624, but one of them"),
     "rank": ((Q[0], K, V, *SETTINGS), "q must have 4 dimensions"),
     "k-batch": ((Q, K[:1], V, *SETTINGS), r"k.shape\[0\] must be B = 2"),
     "v-batch": ((Q, K, V[:1], *SETTINGS), r"v.shape\[0\] must be B = 2"),

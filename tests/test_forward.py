@@ -200,6 +200,28 @@ def test_one_score_of_1e4_decides_the_row(target: Target, sign: float):
     assert_right(attend(q, k, v, scale=1.0), Inputs(q, k, v), scale=1.0, magnitude=4.0)
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1e3, 1e12])
+def test_scores_beyond_all_resolution_still_have_a_largest(target: Target, scale: float):
+    """Scores of 1e9 to 1e21, where neighbouring numbers lie further apart than exp reaches."""
+    D = target.head_dim
+    q, k, v = normal((1, 2, 70, D), (1, 2, 150, D), (1, 2, 150, D),
+                     dtype=target.dtype, device=target.device)  # fmt: skip
+    q[..., 1:], k[..., 1:] = 0, 0
+    q[..., 0], k[..., 0] = math.copysign(3e4, scale), 2e4
+    k[:, :, 41, 0] = 3e4
+    eps = torch.finfo(target.dtype).eps
+    largest = attend(q, k, v, scale=scale)
+    winner = v[:, :, 41:42].expand_as(largest.out)
+    torch.testing.assert_close(largest.out, winner, rtol=2 * eps, atol=0)
+    k[..., 0] = 3e4
+    equal = attend(q, k, v, scale=scale)
+    mean = v.double().mean(2, keepdim=True).expand_as(equal.out)
+    torch.testing.assert_close(equal.out.double(), mean, rtol=32 * eps, atol=32 * eps)
+    score = q[0, 0, 0, 0].double() * k[0, 0, 0, 0].double() * scale
+    lse = equal.lse.double()
+    torch.testing.assert_close(lse, score.expand_as(lse), rtol=1e-6, atol=0)
+
+
 # --- scales
 
 

@@ -22,9 +22,12 @@ constexpr int32_t kInvariantTilesPerSplit = 16;
 uint32_t section_heads(const ForwardArgs& args, const TilePlan& plan) {
   const Shape& s = args.shape;
   if (!args.mask.is_banded()) return 1;  // equal tiles: keep one head's keys in the cache
-  const int64_t bytes_per_head = std::max<int64_t>(
-      1, s.S_kv * (s.D + s.D_v) * element_bytes(args.dtype) * plan.pack / s.group());
-  const int64_t fitting = std::clamp<int64_t>(kSectionBytes / bytes_per_head, 1, plan.heads);
+  // In floating point: of keys broadcast by a stride of 0 there may be more than 64 bits count.
+  const double bytes_per_head = static_cast<double>(s.S_kv) * static_cast<double>(s.D + s.D_v) *
+                                static_cast<double>(element_bytes(args.dtype) * plan.pack) /
+                                static_cast<double>(s.group());
+  const double most = kSectionBytes / std::max(bytes_per_head, 1.0);
+  const int64_t fitting = std::clamp<int64_t>(static_cast<int64_t>(most), 1, plan.heads);
   return static_cast<uint32_t>(std::min<int64_t>(fitting, kMaxSectionTiles / plan.q_tiles + 1));
 }
 

@@ -100,7 +100,8 @@ struct TileShape {
 };
 
 // Chooses packing, splits and order. Depends on lengths alone if args.batch_invariant. Callers keep
-// B * H below 2^31; a call of more than kMaxTiles tiles gets a plan that launch() refuses.
+// B * H below 2^31 and no size but S_kv 0; a call of more than kMaxTiles tiles gets a plan that
+// launch() refuses.
 TilePlan plan_tiles(const ForwardArgs& args, const TileShape& tile, int multiprocessors);
 
 // The partial results of a plan with more than one split, in the workspace: outputs before
