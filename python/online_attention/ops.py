@@ -122,7 +122,8 @@ def attention(
 
     Inputs are read in place, whatever their strides, if their last dimension is contiguous, and are
     copied once otherwise. The work is ``O(S_q * S_kv)``, the memory beside inputs and outputs is
-    bounded, whatever ``S_kv`` is. Gradients are not built yet. :func:`supported` lists what runs where.
+    bounded, whatever ``S_kv`` is. Gradients are not built yet. :func:`supported` lists what runs
+    where.
 
     Example:
         >>> import torch
