@@ -157,7 +157,7 @@ QueryTile Forward::query_tile(int64_t task) const {
   }
   const auto first = static_cast<int32_t>(q_begin), last = static_cast<int32_t>(q_end);
   tile.some_row_sees = args_.mask.kv_range(first, last);
-  tile.few_rows = s.S_q * s.group() <= QueryTile::kFewRows;
+  tile.in_place = s.S_q * s.group() <= QueryTile::kFewRows || s.S_kv <= QueryTile::kFewKeys;
   tile.all_rows_see = tile.some_row_sees;
   for (int row = 0; row < tile.rows; ++row) {
     const KvRange visible = tile.visible[row];

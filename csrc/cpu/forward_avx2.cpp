@@ -10,6 +10,7 @@ namespace {
 struct Isa {
   static constexpr int kVectorBytes = 32;
   static constexpr int kBlockRows = 6, kBlockVecs = 2;  // 12 of 16 registers hold sums
+  static constexpr bool kRoundsProducts = false;
   template <class Element>
   using Operand = Widened<Isa, Element>;
 

@@ -10,6 +10,7 @@ namespace {
 struct Isa {
   static constexpr int kVectorBytes = 64;
   static constexpr int kBlockRows = 12, kBlockVecs = 2;  // 24 of 32 registers hold sums
+  static constexpr bool kRoundsProducts = false;
   template <class Element>
   using Operand = Widened<Isa, Element>;
 

@@ -9,6 +9,7 @@ namespace {
 struct Isa {
   static constexpr int kVectorBytes = 16;
   static constexpr int kBlockRows = 6, kBlockVecs = 2;  // 12 of 16 registers hold sums
+  static constexpr bool kRoundsProducts = true;         // before it adds them
   template <class Element>
   using Operand = Widened<Isa, Element>;
 

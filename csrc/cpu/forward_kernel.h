@@ -4,7 +4,7 @@
 // Keys pass in tiles of kTileKeys. Each is packed once, as Operand asks (keys transposed, values in
 // rows), and then used by the query rows, kBlockRows at a time, whose scores stay in the
 // first-level cache between the two products. A row's result is the same whichever rows share its
-// block or tile: the order of its sums depends on D, the keys and QueryTile::few_rows alone.
+// block or tile: the order of its sums depends on D, the keys and QueryTile::in_place alone.
 #pragma once
 
 #include "cpu/exp2.h"
@@ -24,7 +24,7 @@ class TileForward {
          begin += kTileKeys) {
       const auto keys_begin = static_cast<int32_t>(begin);
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
-      if (!tile.few_rows) forward.pack_keys(keys);
+      if (!tile.in_place) forward.pack_keys(keys);
       forward.pack_values(keys, keys);
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
@@ -53,6 +53,11 @@ class TileForward {
   static_assert(kTileKeys % kPanelKeys == 0);
   // Weights take the place of their row's scores.
   static constexpr int kWeightStride = kTileKeys * static_cast<int>(sizeof(Real) / sizeof(Weight));
+  // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
+  // elements. Few rows wait for memory and have time for them.
+  static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
+  static constexpr int kPartInPlace = kNarrow ? kWeightStride : 32;
+  static constexpr int kPartOfScores = Isa::kRoundsProducts && !kNarrow ? 16 : 128;
 
   // Rows [row_begin, row_begin + rows) of the tile; the block is padded to kRows.
   template <int kRows>
@@ -92,7 +97,7 @@ class TileForward {
     const auto row = [&](int i) {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
-    if (tile_.few_rows) {
+    if (tile_.in_place) {
       pack_in_rows(block);
     } else {
       pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
@@ -172,11 +177,12 @@ class TileForward {
     for (int i = 0; i < kRows; ++i) {
       SoftmaxRow<Real>& row = rows_[block.row_begin + i];
       Real* s = scores + i * kTileKeys;
-      const Real tile_max = largest(s, panels) * static_cast<Real>(tile_.scale_log2);
+      const Real top = largest(s, panels);
+      const Real tile_max = top * static_cast<Real>(tile_.scale_log2);
       // (E6), where raise gives exactly 1 if the maximum stays.
       alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
-      const Real tile_sum = weigh(s, panels, row.base());  // (E7) scores become p
-      row.absorb(alpha[i], tile_sum);                      // (E8)
+      const Real tile_sum = weigh(s, panels, top, row.base());  // (E7) scores become p
+      row.absorb(alpha[i], tile_sum);                           // (E8)
     }
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
@@ -225,7 +231,7 @@ class TileForward {
   KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) const {
     const auto sign = static_cast<Real>(tile_.sign);
     const int32_t count = wanted.end - keys.begin;
-    if (tile_.few_rows) {
+    if (tile_.in_place) {
       const int32_t begin = (wanted.begin - keys.begin) / kLanes * kLanes;
       const auto* k = static_cast<const Element*>(tile_.k) + (keys.begin + begin) * tile_.k_stride;
       const auto row = [&](int i) { return k + i * tile_.k_stride; };
@@ -238,7 +244,7 @@ class TileForward {
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys>(
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores>(
           scores + key, q, k_ + key * D_steps_, D_steps_, sign);
     }
     return {begin, key};
@@ -271,12 +277,21 @@ class TileForward {
   }
 
   // Scores s become weights p = 2^(s * scale_log2 - base), in the same place; returns their sum.
-  Real weigh(Real* s, KvRange panels, Real base) const {
-    const Vec scale_log2 = Lanes::splat(static_cast<Real>(tile_.scale_log2));
+  Real weigh(Real* s, KvRange panels, Real top, Real base) const {
+    const auto factor = static_cast<Real>(tile_.scale_log2);
+    Real origin = 0, offset = -base;  // base is a rounded product: beyond this, round others alike
+    const bool huge = std::fabs(base) > 1 / std::numeric_limits<Real>::epsilon();
+    // Counted from the largest score, large weights come of small products: small roundings.
+    if ((Isa::kRoundsProducts || huge) && top != -kInfinity<Real>) {
+      const volatile Real rounded = top * factor;  // never fused with the subtraction
+      origin = top;
+      offset = huge ? rounded - base : static_cast<Real>(std::fma(top, factor, -base));
+    }
     Weight* p = weights_of(s);
     Vec sum = {};
     for (int n = panels.begin; n < panels.end; n += kLanes) {
-      const Vec x = Lanes::load(s + n) * scale_log2 - Lanes::splat(base);
+      const Vec above = Lanes::load(s + n) - Lanes::splat(origin);
+      const Vec x = above * Lanes::splat(factor) + Lanes::splat(offset);
       const Vec weights = exp2_of_lanes<Lanes, Real>(x);
       Lanes::store(weights, p + n);
       sum += weights;
@@ -289,18 +304,10 @@ class TileForward {
   // out := alpha * out + p v over `steps` of the tile, for kRows rows of p and out.
   template <int kRows>
   void add_values_of(Real* out, const Real* alpha, const Weight* p, KvRange steps) const {
-    p += steps.begin * Operand::kDepth;
-    const Number* v = v_ + steps.begin * v_stride_;
-    const int count = steps.end - steps.begin;
-    int64_t d = 0;
-    for (; d + kBlockVecs * kLanes <= out_stride_; d += kBlockVecs * kLanes) {
-      add_values<Operand, kRows, kBlockVecs, kWeightStride>(out + d, out_stride_, alpha, p, v + d,
-                                                            v_stride_, count);
-    }
-    for (; d < out_stride_; d += kLanes) {
-      add_values<Operand, kRows, 1, kWeightStride>(out + d, out_stride_, alpha, p, v + d, v_stride_,
-                                                   count);
-    }
+    const auto add = tile_.in_place
+                         ? add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartInPlace>
+                         : add_values<Operand, kRows, kBlockVecs, kWeightStride, kWeightStride>;
+    add(out, out_stride_, alpha, p, v_, v_stride_, steps);
   }
 
   // Of two rows in one block one may see a NaN value that is hidden from the other, whose weight 0
@@ -351,7 +358,7 @@ class TileForward {
   static int64_t out_reals(int64_t D_v) { return QueryTile::kMaxRows * whole_vectors(D_v); }
   // The vector more is for pack_transposed's last store.
   static int64_t query_numbers(int64_t D) {
-    return whole_vectors((QueryTile::kMaxRows + kBlockRows) * steps_of<Operand>(D)) + kLanes;
+    return (QueryTile::kMaxRows + kBlockRows) * whole_vectors(steps_of<Operand>(D)) + kLanes;
   }
   static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D) + kLanes; }
   static int64_t value_numbers(int64_t D_v) {

@@ -3,6 +3,7 @@
 // sums in registers, and each step multiplies kRows broadcast numbers by kVecs vectors.
 #pragma once
 
+#include "core/mask.h"
 #include "cpu/operand.h"
 
 namespace online_attention::cpu {
@@ -71,19 +72,17 @@ bool all_finite(const Element* row, int64_t D) {
   return Lanes::sum_of_lanes(zero_or_nan) == 0;
 }
 
-// Longer dot products are sums of parts of this length, to keep rounding errors small.
-inline constexpr int64_t kStepsSummed = 128;
-
 // scores[row][column] = sign * <q_row, k_column>, for q [steps][kRows] and k [steps][kVecs *
-// kLanes] as packed above; scores has rows of kStride numbers.
-template <class Operand, int kRows, int kVecs, int kStride>
+// kLanes] as packed above; scores has rows of kStride numbers. Each is summed in parts of kPart
+// steps, to keep rounding errors small.
+template <class Operand, int kRows, int kVecs, int kStride, int kPart>
 void multiply_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
                            const typename Operand::Number* k, int64_t steps,
                            typename Operand::Real sign) {
   using Lanes = typename Operand::Lanes;
   using Sums = typename Operand::Sums;
-  for (int64_t begin = 0; begin == 0 || begin < steps; begin += kStepsSummed) {
-    const int64_t end = steps - begin < kStepsSummed ? steps : begin + kStepsSummed;
+  for (int64_t begin = 0; begin == 0 || begin < steps; begin += kPart) {
+    const int64_t end = steps - begin < kPart ? steps : begin + kPart;
     typename Sums::Vec sum[kRows][kVecs] = {};
     for (int64_t step = begin; step < end; ++step, q += kRows, k += kVecs * Lanes::kLanes) {
       typename Lanes::Vec key[kVecs];
@@ -110,7 +109,7 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
   }
 }
 
-// The same for few rows, whose products do not pay for the packing of the keys: each key is read
+// The same for few rows or keys, which do not pay for the packing of the keys: each key is read
 // once, in place. q is [kRows][q_stride], in steps and with zeros behind D; row(i) is key i.
 template <class Operand, int kRows, int kStride, class Row>
 void dot_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
@@ -137,25 +136,28 @@ void dot_queries_keys(typename Operand::Real* scores, const typename Operand::Nu
     }
     for (int r = 0; r < kRows; ++r) {
       Sums::transpose(parts[r]);
-      auto total = parts[r][0];
-      for (int i = 1; i < kLanes; ++i) total += parts[r][i];
-      Sums::store(total * Sums::splat(sign), scores + r * kStride + first);
+      // In pairs: each product passes log2(kLanes) roundings here.
+#pragma GCC unroll 16
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < half; ++i) parts[r][i] += parts[r][i + half];
+      }
+      Sums::store(parts[r][0] * Sums::splat(sign), scores + r * kStride + first);
     }
   }
 }
 
-// out[row] = alpha[row] * out[row] + sum over keys of p[row][key] * v[key], for kVecs vectors of
-// every row; p has rows of kStride weights, v [steps][v_stride] as packed by the caller. The tile
-// is summed apart from what came before, so that rounding errors grow with the number of tiles, not
-// of keys.
-template <class Operand, int kRows, int kVecs, int kStride>
-void add_values(typename Operand::Real* out, int64_t out_stride,
-                const typename Operand::Real* alpha, const typename Operand::Weight* p,
-                const typename Operand::Number* v, int64_t v_stride, int64_t steps) {
+// sum[row] += sum over `steps` of p[row][step] * v[step]; see below.
+template <class Operand, int kStride, int kRows, int kVecs>
+[[gnu::always_inline]] inline void add_products(typename Operand::Sums::Vec (&sum)[kRows][kVecs],
+                                                const typename Operand::Weight* p,
+                                                const typename Operand::Number* v, int64_t v_stride,
+                                                KvRange steps) {
   using Lanes = typename Operand::Lanes;
-  using Sums = typename Operand::Sums;
-  typename Sums::Vec sum[kRows][kVecs] = {};
-  for (int64_t step = 0; step < steps; ++step, p += Operand::kDepth, v += v_stride) {
+  p += steps.begin * Operand::kDepth;
+  v += steps.begin * v_stride;
+  const int64_t count = steps.end - steps.begin;
+  for (int64_t step = 0; step < count; ++step, p += Operand::kDepth, v += v_stride) {
     typename Lanes::Vec value[kVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < kVecs; ++i) value[i] = Lanes::load(v + i * Lanes::kLanes);
@@ -168,6 +170,35 @@ void add_values(typename Operand::Real* out, int64_t out_stride,
       }
     }
   }
+}
+
+// out[row] = alpha[row] * out[row] + sum over keys of p[row][key] * v[key], for kVecs vectors of
+// every row. p has rows of kStride weights, v [steps of a tile][v_stride] as packed by the caller.
+// The tile is summed apart from what came before, so that rounding errors grow with the number of
+// tiles, not of keys; and in parts of kPart steps unless that is kStride. Parts begin at multiples
+// of kPart, whatever `steps`: hidden keys before and behind those of a row do not move its sums.
+template <class Operand, int kRows, int kVecs, int kStride, int kPart>
+void add_some_values(typename Operand::Real* out, int64_t out_stride,
+                     const typename Operand::Real* alpha, const typename Operand::Weight* p,
+                     const typename Operand::Number* v, int64_t v_stride, KvRange steps) {
+  using Sums = typename Operand::Sums;
+  typename Sums::Vec sum[kRows][kVecs] = {};
+  if constexpr (kPart == kStride) {
+    add_products<Operand, kStride>(sum, p, v, v_stride, steps);
+  } else {
+    for (int32_t begin = steps.begin; begin < steps.end;) {
+      const int32_t part_end = begin - begin % kPart + kPart;
+      const int32_t end = part_end < steps.end ? part_end : steps.end;
+      typename Sums::Vec part[kRows][kVecs] = {};
+      add_products<Operand, kStride>(part, p, v, v_stride, KvRange{begin, end});
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kVecs; ++i) sum[row][i] += part[row][i];
+      }
+      begin = end;
+    }
+  }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 16
@@ -175,6 +206,23 @@ void add_values(typename Operand::Real* out, int64_t out_stride,
       auto* o = out + row * out_stride + i * Sums::kLanes;
       Sums::store(Sums::load(o) * Sums::splat(alpha[row]) + sum[row][i], o);
     }
+  }
+}
+
+// The same for all out_stride columns, kVecs vectors of them at a time.
+template <class Operand, int kRows, int kVecs, int kStride, int kPart>
+void add_values(typename Operand::Real* out, int64_t out_stride,
+                const typename Operand::Real* alpha, const typename Operand::Weight* p,
+                const typename Operand::Number* v, int64_t v_stride, KvRange steps) {
+  constexpr int kLanes = Operand::Lanes::kLanes;
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= out_stride; d += kVecs * kLanes) {
+    add_some_values<Operand, kRows, kVecs, kStride, kPart>(out + d, out_stride, alpha, p, v + d,
+                                                           v_stride, steps);
+  }
+  for (; d < out_stride; d += kLanes) {
+    add_some_values<Operand, kRows, 1, kStride, kPart>(out + d, out_stride, alpha, p, v + d,
+                                                       v_stride, steps);
   }
 }
 

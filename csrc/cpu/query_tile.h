@@ -31,11 +31,12 @@ namespace online_attention::cpu {
 struct QueryTile {
   static constexpr int kMaxRows = 192;
 
-  // A kv head with no more query rows than this has them multiplied with the keys in place.
-  static constexpr int kFewRows = 8;
+  // A kv head with no more query rows, or no more keys, has them multiplied in place: packing does
+  // not pay. Its sums are also the more exact ones, as those of others are for so few.
+  static constexpr int kFewRows = 8, kFewKeys = 16;
 
   int rows = 0;
-  bool few_rows = false;       // of the whole kv head, so that lengths alone decide
+  bool in_place = false;       // by the lengths of the whole kv head alone
   const void* q[kMaxRows];     // [rows][D]
   void* out[kMaxRows];         // [rows][D_v]
   void* lse[kMaxRows];         // [rows]
