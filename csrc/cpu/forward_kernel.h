@@ -279,13 +279,13 @@ class TileForward {
   // Scores s become weights p = 2^(s * scale_log2 - base), in the same place; returns their sum.
   Real weigh(Real* s, KvRange panels, Real top, Real base) const {
     const auto factor = static_cast<Real>(tile_.scale_log2);
-    Real origin = 0, offset = -base;
-    if constexpr (Isa::kRoundsProducts) {
-      // Counted from the largest score, large weights come of small products: small roundings.
-      if (top != -kInfinity<Real>) {
-        origin = top;
-        offset = static_cast<Real>(__builtin_fma(top, factor, -base));
-      }
+    Real origin = 0, offset = -base;  // base is a rounded product: beyond this, round others alike
+    const bool huge = std::fabs(base) > 1 / std::numeric_limits<Real>::epsilon();
+    // Counted from the largest score, large weights come of small products: small roundings.
+    if ((Isa::kRoundsProducts || huge) && top != -kInfinity<Real>) {
+      const volatile Real rounded = top * factor;  // never fused with the subtraction
+      origin = top;
+      offset = huge ? rounded - base : static_cast<Real>(std::fma(top, factor, -base));
     }
     Weight* p = weights_of(s);
     Vec sum = {};
