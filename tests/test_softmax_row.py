@@ -102,6 +102,21 @@ def lse_bound(kind: Kind, row, roundings: float) -> float:
     return kind.eps * (2 * abs(row.m) + 2 * abs(math.log2(row.l)) + roundings)
 
 
+def assert_equals_the_definition(kind: Kind, tiles, slack: float | None = None):
+    scores = flat(tiles)
+    values = [[math.cos(7 * i + j) for j in range(len(tile))] for i, tile in enumerate(tiles)]
+    row, out = kind.fold(tiles, values, slack)
+    # A weight 2^slack is wrong by slack ulp.
+    roundings = len(scores) + 4 * len(tiles) + 4 + (slack or 0)
+    exact = kind.whitebox.exact_lse(scores)
+    if exact == -INF:
+        assert row.lse() == -INF
+    else:
+        assert row.lse() == pytest.approx(exact, rel=0, abs=lse_bound(kind, row, roundings))
+    exact_out = kind.whitebox.exact_output(scores, flat(values))
+    assert out == pytest.approx(exact_out, rel=0, abs=2 * roundings * kind.eps)
+
+
 # --- the empty row
 
 
@@ -189,17 +204,7 @@ def test_merging_single_tiles_equals_absorbing_them(kind: Kind, tiles):
 
 @given(tiles=tiles_of(), slack=st.sampled_from([0.0, 1.0, 8.0]))
 def test_row_raised_lazily_equals_the_definition(kind: Kind, tiles, slack: float):
-    scores = flat(tiles)
-    values = [[math.cos(7 * i + j) for j in range(len(tile))] for i, tile in enumerate(tiles)]
-    row, out = kind.fold(tiles, values, slack)
-    roundings = len(scores) + 4 * len(tiles) + 4 + slack  # a weight 2^slack is wrong by slack ulp
-    exact = kind.whitebox.exact_lse(scores)
-    if exact == -INF:
-        assert row.lse() == -INF
-    else:
-        assert row.lse() == pytest.approx(exact, rel=0, abs=lse_bound(kind, row, roundings))
-    exact_out = kind.whitebox.exact_output(scores, flat(values))
-    assert out == pytest.approx(exact_out, rel=0, abs=2 * roundings * kind.eps)
+    assert_equals_the_definition(kind, tiles, slack)
 
 
 @given(tiles=tiles_of(bound=30.0))
@@ -219,17 +224,7 @@ def test_maximum_raised_lazily_is_never_further_behind_than_the_slack(kind: Kind
 
 @given(tiles=tiles_of())
 def test_row_equals_the_definition(kind: Kind, tiles):
-    scores = flat(tiles)
-    values = [[math.cos(7 * i + j) for j in range(len(tile))] for i, tile in enumerate(tiles)]
-    row, out = kind.fold(tiles, values)
-    roundings = len(scores) + 4 * len(tiles) + 4
-    exact = kind.whitebox.exact_lse(scores)
-    if exact == -INF:
-        assert row.lse() == -INF
-    else:
-        assert row.lse() == pytest.approx(exact, rel=0, abs=lse_bound(kind, row, roundings))
-    exact_out = kind.whitebox.exact_output(scores, flat(values))
-    assert out == pytest.approx(exact_out, rel=0, abs=2 * roundings * kind.eps)
+    assert_equals_the_definition(kind, tiles)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 10.0, 1000.0])

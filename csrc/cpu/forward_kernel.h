@@ -177,7 +177,7 @@ class TileForward {
     for (int i = 0; i < kRows; ++i) {
       SoftmaxRow<Real>& row = rows_[block.row_begin + i];
       Real* s = scores + i * kTileKeys;
-      const Real top = largest(s, panels);
+      const Real top = largest<Lanes>(s + panels.begin, panels.size());
       const Real tile_max = top * static_cast<Real>(tile_.scale_log2);
       // (E6), where raise gives exactly 1 if the maximum stays.
       alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
@@ -269,30 +269,29 @@ class TileForward {
     }
   }
 
-  // A NaN is passed over, as in max_of: it reaches the row through its weight.
-  static Real largest(const Real* s, KvRange panels) {
-    Vec m = Lanes::splat(-kInfinity<Real>);
-    for (int n = panels.begin; n < panels.end; n += kLanes) m = Lanes::max(Lanes::load(s + n), m);
-    return Lanes::max_of_lanes(m);
-  }
-
   // Scores s become weights p = 2^(s * scale_log2 - base), in the same place; returns their sum.
   Real weigh(Real* s, KvRange panels, Real top, Real base) const {
     const auto factor = static_cast<Real>(tile_.scale_log2);
-    Real origin = 0, offset = -base;  // base is a rounded product: beyond this, round others alike
     const bool huge = std::fabs(base) > 1 / std::numeric_limits<Real>::epsilon();
-    // Counted from the largest score, large weights come of small products: small roundings.
+    // Counted from the largest score, large weights come of small products: small roundings. And
+    // base is a rounded product: where that could be off by 1, `top` must be rounded alike.
     if ((Isa::kRoundsProducts || huge) && top != -kInfinity<Real>) {
       const volatile Real rounded = top * factor;  // never fused with the subtraction
-      origin = top;
-      offset = huge ? rounded - base : static_cast<Real>(std::fma(top, factor, -base));
+      const Real offset = huge ? rounded - base : static_cast<Real>(std::fma(top, factor, -base));
+      return weigh_each(s, panels, [=](Vec score) {
+        return (score - Lanes::splat(top)) * Lanes::splat(factor) + Lanes::splat(offset);
+      });
     }
+    return weigh_each(s, panels,
+                      [=](Vec score) { return score * Lanes::splat(factor) - Lanes::splat(base); });
+  }
+
+  template <class Exponent>
+  static Real weigh_each(Real* s, KvRange panels, Exponent exponent) {
     Weight* p = weights_of(s);
     Vec sum = {};
     for (int n = panels.begin; n < panels.end; n += kLanes) {
-      const Vec above = Lanes::load(s + n) - Lanes::splat(origin);
-      const Vec x = above * Lanes::splat(factor) + Lanes::splat(offset);
-      const Vec weights = exp2_of_lanes<Lanes, Real>(x);
+      const Vec weights = exp2_of_lanes<Lanes, Real>(exponent(Lanes::load(s + n)));
       Lanes::store(weights, p + n);
       sum += weights;
     }

@@ -59,6 +59,15 @@ void pack_columns(typename Operand::Number* to,
   }
 }
 
+// The largest of `count` scores, a multiple of the lanes. A NaN is passed over, as in max_of: it
+// reaches the row through its weight.
+template <class Lanes, class Real>
+Real largest(const Real* s, int count) {
+  auto m = Lanes::splat(-kInfinity<Real>);
+  for (int n = 0; n < count; n += Lanes::kLanes) m = Lanes::max(Lanes::load(s + n), m);
+  return Lanes::max_of_lanes(m);
+}
+
 template <class Lanes, class Element>
 bool all_finite(const Element* row, int64_t D) {
   const auto load = [](const auto& rows) { return Lanes::load(rows[0]); };

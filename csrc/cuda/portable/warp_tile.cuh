@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What one warp holds and does in the tensor-core kernel: its rows' scores, softmax states and
-// outputs in registers, the two matrix products, the mask, and the store. Fragment layouts:
+// outputs in registers, the two matrix products and the mask. Fragment layouts:
 // cuda/fragment.cuh. Lane 4g + t; every thread holds rows g and g + 8 of each row atom.
 #pragma once
 
