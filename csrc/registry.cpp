@@ -4,6 +4,7 @@
 #include <iterator>
 #include <limits>
 
+#include "cpu/backward.h"
 #include "cpu/forward.h"
 
 // The only place of the project where a build with CUDA kernels differs from one without.
@@ -20,7 +21,10 @@ constexpr int64_t kAnyHeadDim = 0;
 constexpr DTypeSet kHalfTypes = {.f16 = true, .bf16 = true};
 constexpr DTypeSet kAllTypes = {.f16 = true, .bf16 = true, .f32 = true, .f64 = true};
 
-int64_t no_workspace(const ForwardArgs&, const Device&) { return 0; }
+template <typename Args>
+int64_t no_workspace(const Args&, const Device&) {
+  return 0;
+}
 
 constexpr Runner kRunners[] = {
 #if ONLINE_ATTENTION_WITH_CUDA
@@ -31,8 +35,8 @@ constexpr Runner kRunners[] = {
      .arch_max = kAnyArch,
      .dtypes = kHalfTypes,
      .head_dim_max = 256,
-     .workspace_bytes = cuda::portable::tensor_core_workspace_bytes,
-     .run = cuda::portable::tensor_core_forward},
+     .forward = {cuda::portable::tensor_core_workspace_bytes, cuda::portable::tensor_core_forward},
+     .backward = {}},
     // Turing's tensor cores know no bfloat16.
     {.name = "cuda.portable.tensor_core",
      .device = DeviceKind::cuda,
@@ -40,16 +44,16 @@ constexpr Runner kRunners[] = {
      .arch_max = 79,
      .dtypes = {.f16 = true},
      .head_dim_max = 256,
-     .workspace_bytes = cuda::portable::tensor_core_workspace_bytes,
-     .run = cuda::portable::tensor_core_forward},
+     .forward = {cuda::portable::tensor_core_workspace_bytes, cuda::portable::tensor_core_forward},
+     .backward = {}},
     {.name = "cuda.portable.simt",
      .device = DeviceKind::cuda,
      .arch_min = 75,
      .arch_max = kAnyArch,
      .dtypes = kAllTypes,
      .head_dim_max = kAnyHeadDim,
-     .workspace_bytes = cuda::portable::simt_workspace_bytes,
-     .run = cuda::portable::simt_forward},
+     .forward = {cuda::portable::simt_workspace_bytes, cuda::portable::simt_forward},
+     .backward = {}},
 #endif
     {.name = "cpu.tiled",
      .device = DeviceKind::cpu,
@@ -57,8 +61,8 @@ constexpr Runner kRunners[] = {
      .arch_max = 0,
      .dtypes = kAllTypes,
      .head_dim_max = kAnyHeadDim,
-     .workspace_bytes = no_workspace,
-     .run = cpu::forward},
+     .forward = {no_workspace<ForwardArgs>, cpu::forward},
+     .backward = {cpu::backward_workspace_bytes, cpu::backward}},
 };
 
 std::string capability(int arch) {

@@ -16,6 +16,13 @@ struct DTypeSet {
   bool contains(DType dtype) const;
 };
 
+// One pass of a runner, forward or backward.
+template <typename Args>
+struct Pass {
+  int64_t (*workspace_bytes)(const Args&, const Device&);
+  Status (*run)(const Args&, const Launch&);
+};
+
 // One runner and the problems it takes. First match wins, so faster rows stand first.
 struct Runner {
   const char* name;  // folder and method, e.g. "cuda.portable.tensor_core"
@@ -23,8 +30,8 @@ struct Runner {
   int arch_min, arch_max;  // inclusive; 0, 0 on a CPU
   DTypeSet dtypes;
   int64_t head_dim_max;  // of both D and D_v; 0 = any
-  int64_t (*workspace_bytes)(const ForwardArgs&, const Device&);
-  Status (*run)(const ForwardArgs&, const Launch&);
+  Pass<ForwardArgs> forward;
+  Pass<BackwardArgs> backward;
 };
 
 struct RunnerTable {

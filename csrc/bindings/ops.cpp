@@ -3,6 +3,7 @@
 // Python functions, is checked here once more: a wrong call raises ValueError and never crashes.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <map>
@@ -69,41 +70,54 @@ Mask mask_of(const Shape& shape, int64_t alignment, int64_t left, int64_t right)
                       side(right));
 }
 
-void run(const Runner& runner, const ForwardArgs& args, Launch launch, const Tensor& q) {
+template <typename Args>
+void run(const Pass<Args>& pass, const Args& args, Launch launch, const Tensor& q) {
   std::optional<Tensor> workspace;  // given back to torch's allocator in the order of the stream
-  if (const int64_t bytes = runner.workspace_bytes(args, launch.device); bytes > 0) {
+  if (const int64_t bytes = pass.workspace_bytes(args, launch.device); bytes > 0) {
     workspace = empty_bytes(q, bytes);
     launch.workspace = workspace->data_ptr();
   }
-  check_status(runner.run(args, launch));
+  check_status(pass.run(args, launch));
 }
+
+double checked_scale(std::optional<double> scale, const Shape& shape) {
+  const double value = scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.D)));
+  if (!std::isfinite(value)) throw std::invalid_argument("scale must be a finite number.");
+  return value;
+}
+
+// Where a call runs, with that device current while this lives.
+struct Site {
+  explicit Site(const Tensor& q) {
+    if (!q.is_cuda()) return;
+    const int32_t index = q.get_device_index();
+    launch = {.device = cuda_device(index), .stream = current_cuda_stream(index)};
+    guard.emplace(index);
+  }
+  const Runner& runner(const Problem& problem) const {
+    const Runner* found = find(problem.dtype, problem.shape, launch.device);
+    if (found != nullptr) return *found;
+    throw std::invalid_argument(explain(problem.dtype, problem.shape, launch.device));
+  }
+
+  Launch launch = {.parallel_for = parallel_for};
+  std::optional<DeviceGuard> guard;
+};
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                    std::optional<double> scale_or_default, int64_t alignment,
                                    int64_t window_left, int64_t window_right,
                                    bool batch_invariant) {
   const Problem problem = problem_of(q_any, k_any, v_any);
-  const double scale =
-      scale_or_default.value_or(1.0 / std::sqrt(static_cast<double>(problem.shape.D)));
-  if (!std::isfinite(scale)) throw std::invalid_argument("scale must be a finite number.");
+  const double scale = checked_scale(scale_or_default, problem.shape);
   const Mask mask = mask_of(problem.shape, alignment, window_left, window_right);
-
-  std::optional<DeviceGuard> guard;
-  Launch launch = {.parallel_for = parallel_for};
-  if (q_any.is_cuda()) {
-    const int32_t index = q_any.get_device_index();
-    launch = {.device = cuda_device(index), .stream = current_cuda_stream(index)};
-    guard.emplace(index);
-  }
-  const Runner* runner = find(problem.dtype, problem.shape, launch.device);
-  if (runner == nullptr) {
-    throw std::invalid_argument(explain(problem.dtype, problem.shape, launch.device));
-  }
+  const Site site(q_any);
+  const Runner& runner = site.runner(problem);
 
   const Tensor q = with_contiguous_rows(q_any);
   const Tensor k = with_contiguous_rows(k_any);
   const Tensor v = with_contiguous_rows(v_any);
-  Tensor out = empty_like_query(q_any, problem.shape);
+  Tensor out = empty_in_order_of(q_any, problem.shape.D_v);
   Tensor lse = empty_lse(q_any, problem);
   if (!problem.shape.empty()) {
     const ForwardArgs args = {.dtype = problem.dtype,
@@ -116,9 +130,66 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
                               .mask = mask,
                               .scale = ScoreScale::from(scale, problem.dtype),
                               .batch_invariant = batch_invariant};
-    run(*runner, args, launch, q);
+    run(runner.forward, args, site.launch, q);
   }
   return {out, lse};
+}
+
+// A gradient shaped like `like`, in its memory order; without elements if it is not asked for.
+Tensor gradient_of(const Tensor& like, bool asked, View& view) {
+  if (!asked) return empty_elements(like, 0);
+  Tensor gradient = empty_in_order_of(like, like.size(3));
+  view = view_of(gradient);
+  return gradient;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& dout_any, std::optional<Tensor> dlse_any, const Tensor& q_any,
+    const Tensor& k_any, const Tensor& v_any, const Tensor& out_any, const Tensor& lse_any,
+    std::optional<double> scale_or_default, int64_t alignment, int64_t window_left,
+    int64_t window_right, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv) {
+  const Problem problem = problem_of(q_any, k_any, v_any);
+  const Shape& s = problem.shape;
+  const double scale = checked_scale(scale_or_default, s);
+  const Mask mask = mask_of(s, alignment, window_left, window_right);
+  const std::vector<int64_t> rows = {s.B, s.H, s.S_q}, outs = {s.B, s.H, s.S_q, s.D_v};
+  check_same(dout_any, "dout", q_any, dtype_code(q_any), outs);
+  check_same(out_any, "out", q_any, dtype_code(q_any), outs);
+  check_same(lse_any, "lse", q_any, lse_dtype(problem.dtype), rows);
+  if (dlse_any) check_same(*dlse_any, "dlse", q_any, lse_dtype(problem.dtype), rows);
+  const Site site(q_any);
+  const Runner& runner = site.runner(problem);
+
+  const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any),
+               v = with_contiguous_rows(v_any), out = with_contiguous_rows(out_any),
+               dout = with_contiguous_rows(dout_any), lse = torch::stable::contiguous(lse_any);
+  std::optional<Tensor> dlse;
+  if (dlse_any) dlse = torch::stable::contiguous(*dlse_any);
+  BackwardArgs args = {.dtype = problem.dtype,
+                       .shape = s,
+                       .q = view_of(q),
+                       .k = view_of(k),
+                       .v = view_of(v),
+                       .out = view_of(out),
+                       .dout = view_of(dout),
+                       .lse = lse.data_ptr(),
+                       .dlse = dlse ? dlse->data_ptr() : nullptr,
+                       .mask = mask,
+                       .scale = ScoreScale::from(scale, problem.dtype),
+                       .factor = scale,
+                       .deterministic = deterministic};
+  Tensor dq = gradient_of(q_any, needs_dq, args.dq);
+  Tensor dk = gradient_of(k_any, needs_dk, args.dk);
+  Tensor dv = gradient_of(v_any, needs_dv, args.dv);
+  const bool some_asked = args.dq.data || args.dk.data || args.dv.data;  // and not all are empty
+  if (some_asked) {
+    if (s.empty() || s.S_kv == 0) {
+      for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
+    } else {
+      run(runner.backward, args, site.launch, q);
+    }
+  }
+  return {dq, dk, dv};
 }
 
 }  // namespace
@@ -129,8 +200,19 @@ STABLE_TORCH_LIBRARY(online_attention, m) {
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, float? scale, int alignment, SymInt window_left, "
       "SymInt window_right, bool batch_invariant) -> (Tensor out, Tensor lse)");
+  // A gradient that is not needed comes back without elements.
+  m.def(
+      "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "float? scale, int alignment, SymInt window_left, SymInt window_right, bool deterministic, "
+      "bool needs_dq, bool needs_dk, bool needs_dv) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
-STABLE_TORCH_LIBRARY_IMPL(online_attention, CPU, m) { m.impl("forward", TORCH_BOX(&forward)); }
-STABLE_TORCH_LIBRARY_IMPL(online_attention, CUDA, m) { m.impl("forward", TORCH_BOX(&forward)); }
+STABLE_TORCH_LIBRARY_IMPL(online_attention, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(online_attention, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
 
 }  // namespace online_attention::bindings

@@ -13,12 +13,6 @@ namespace {
 
 [[noreturn]] void reject(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
-int32_t dtype_code(const Tensor& tensor) {
-  int32_t code = 0;
-  check_torch(aoti_torch_get_dtype(tensor.get(), &code), "reading a tensor's dtype");
-  return code;
-}
-
 DType dtype_of(const Tensor& q) {
   const int32_t code = dtype_code(q);
   if (code == aoti_torch_dtype_float16()) return DType::f16;
@@ -121,6 +115,34 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   return problem;
 }
 
+int32_t dtype_code(const Tensor& tensor) {
+  int32_t code = 0;
+  check_torch(aoti_torch_get_dtype(tensor.get(), &code), "reading a tensor's dtype");
+  return code;
+}
+
+int32_t lse_dtype(DType dtype) {
+  return dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+void check_same(const Tensor& tensor, const char* name, const Tensor& like, int32_t dtype,
+                const std::vector<int64_t>& shape) {
+  if (!tensor.defined()) reject(std::string(name) + " must be a tensor, not None.");
+  if (dtype_code(tensor) != dtype) reject(std::string(name) + " has the wrong dtype.");
+  if (tensor.is_cuda() != like.is_cuda() || tensor.get_device_index() != like.get_device_index()) {
+    reject(std::string(name) + " must be on the device of q: move it with .to(q.device).");
+  }
+  bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "(";
+  for (std::size_t d = 0; d < shape.size(); ++d) {
+    equal = equal && tensor.size(static_cast<int64_t>(d)) == shape[d];
+    expected += (d == 0 ? "" : ", ") + std::to_string(shape[d]);
+  }
+  if (equal) return;
+  reject(std::string(name) + " must have the shape " + expected + "), but its shape is " +
+         shape_text(tensor) + ".");
+}
+
 Tensor with_contiguous_rows(const Tensor& tensor) {
   if (tensor.stride(3) == 1 || tensor.size(3) <= 1) return tensor;
   return torch::stable::contiguous(tensor);
@@ -133,20 +155,20 @@ View view_of(const Tensor& tensor) {
           .stride_s = tensor.stride(2)};
 }
 
-Tensor empty_like_query(const Tensor& q, const Shape& shape) {
+Tensor empty_in_order_of(const Tensor& like, int64_t columns) {
   std::array<int, 3> order = {0, 1, 2};
-  // A broadcast query (stride 0) has no memory order to keep.
-  if (q.stride(0) != 0 && q.stride(1) != 0 && q.stride(2) != 0) {
-    std::ranges::stable_sort(order, [&](int a, int b) { return q.stride(a) > q.stride(b); });
+  // A broadcast tensor (stride 0) has no memory order to keep.
+  if (like.stride(0) != 0 && like.stride(1) != 0 && like.stride(2) != 0) {
+    std::ranges::stable_sort(order, [&](int a, int b) { return like.stride(a) > like.stride(b); });
   }
-  const std::array<int64_t, 4> sizes = {shape.B, shape.H, shape.S_q, shape.D_v};
+  const std::array<int64_t, 4> sizes = {like.size(0), like.size(1), like.size(2), columns};
   std::array<int64_t, 4> strides = {0, 0, 0, 1};
-  int64_t dense = std::max<int64_t>(shape.D_v, 1);
+  int64_t dense = std::max<int64_t>(columns, 1);
   for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
     strides[*dim] = dense;
     dense *= std::max<int64_t>(sizes[*dim], 1);
   }
-  return empty(q, 4, sizes.data(), strides.data(), dtype_code(q));
+  return empty(like, 4, sizes.data(), strides.data(), dtype_code(like));
 }
 
 Tensor empty_lse(const Tensor& q, const Problem& problem) {
@@ -154,9 +176,12 @@ Tensor empty_lse(const Tensor& q, const Problem& problem) {
   const std::array<int64_t, 3> sizes = {s.B, s.H, s.S_q};
   const int64_t row = std::max<int64_t>(s.S_q, 1);
   const std::array<int64_t, 3> strides = {row * std::max<int64_t>(s.H, 1), row, 1};
-  const int32_t dtype =
-      problem.dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  return empty(q, 3, sizes.data(), strides.data(), dtype);
+  return empty(q, 3, sizes.data(), strides.data(), lse_dtype(problem.dtype));
+}
+
+Tensor empty_elements(const Tensor& like, int64_t count) {
+  const int64_t stride = 1;
+  return empty(like, 1, &count, &stride, dtype_code(like));
 }
 
 Tensor empty_bytes(const Tensor& like, int64_t bytes) {

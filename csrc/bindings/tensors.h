@@ -4,7 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
+#include <vector>
 
 #include "core/launch.h"
 #include "core/problem.h"
@@ -23,16 +23,27 @@ struct Problem {
 };
 Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v);
 
+// Throws unless the tensor is given, dense, of this shape and dtype, and on the device of `like`.
+void check_same(const Tensor& tensor, const char* name, const Tensor& like, int32_t dtype,
+                const std::vector<int64_t>& shape);
+
 // `tensor` itself if its last dimension is contiguous, else a copy.
 Tensor with_contiguous_rows(const Tensor& tensor);
+
+// torch's code of a tensor's dtype, and that of the lse of inputs of `dtype`.
+int32_t dtype_code(const Tensor& tensor);
+int32_t lse_dtype(DType dtype);
 
 // Of a rank-4 tensor whose last dimension is contiguous.
 View view_of(const Tensor& tensor);
 
-// Uninitialised [B, H, S_q, D_v], dense, its dimensions in the memory order of the query.
-Tensor empty_like_query(const Tensor& q, const Shape& shape);
+// Uninitialised [like.size(0), like.size(1), like.size(2), columns], dense, of the dtype of `like`,
+// its first three dimensions in the memory order of `like`.
+Tensor empty_in_order_of(const Tensor& like, int64_t columns);
 // Uninitialised [B, H, S_q], contiguous, float64 for float64 and float32 otherwise.
 Tensor empty_lse(const Tensor& q, const Problem& problem);
+// Uninitialised, one-dimensional, of the dtype of `like`.
+Tensor empty_elements(const Tensor& like, int64_t count);
 Tensor empty_bytes(const Tensor& like, int64_t bytes);
 
 }  // namespace online_attention::bindings

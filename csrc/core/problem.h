@@ -74,4 +74,20 @@ struct ForwardArgs {
   bool batch_invariant = false;
 };
 
+// The gradients of one call, from what its forward returned. (E25)-(E31)
+struct BackwardArgs {
+  DType dtype = DType::f32;
+  Shape shape;
+  View q, k, v, out, dout;     // dout [B, H, S_q, D_v], of the dtype and shape of out
+  const void* lse = nullptr;   // [B, H, S_q] contiguous, as the forward wrote it
+  const void* dlse = nullptr;  // [B, H, S_q] contiguous, of lse's type; nullptr counts as 0
+  View dq, dk, dv;             // shaped like q, k, v; data == nullptr: not asked for
+  Mask mask;
+  ScoreScale scale;
+  // scale as it was given, in natural units: (E30) and (E31) multiply by it.
+  double factor = 1;
+  // Bitwise the same gradients in every run, and none that depends on the batch.
+  bool deterministic = false;
+};
+
 }  // namespace online_attention
