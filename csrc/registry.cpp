@@ -10,6 +10,7 @@
 // The only place of the project where a build with CUDA kernels differs from one without.
 #if ONLINE_ATTENTION_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/portable/backward.h"
 #include "cuda/portable/forward.h"
 #endif
 
@@ -36,7 +37,8 @@ constexpr Runner kRunners[] = {
      .dtypes = kHalfTypes,
      .head_dim_max = 256,
      .forward = {cuda::portable::tensor_core_workspace_bytes, cuda::portable::tensor_core_forward},
-     .backward = {}},
+     .backward = {cuda::portable::tensor_core_backward_workspace_bytes,
+                  cuda::portable::tensor_core_backward}},
     // Turing's tensor cores know no bfloat16.
     {.name = "cuda.portable.tensor_core",
      .device = DeviceKind::cuda,
@@ -45,7 +47,8 @@ constexpr Runner kRunners[] = {
      .dtypes = {.f16 = true},
      .head_dim_max = 256,
      .forward = {cuda::portable::tensor_core_workspace_bytes, cuda::portable::tensor_core_forward},
-     .backward = {}},
+     .backward = {cuda::portable::tensor_core_backward_workspace_bytes,
+                  cuda::portable::tensor_core_backward}},
     {.name = "cuda.portable.simt",
      .device = DeviceKind::cuda,
      .arch_min = 75,

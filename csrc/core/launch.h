@@ -13,6 +13,7 @@ struct Device {
   DeviceKind kind = DeviceKind::cpu;
   int arch = 0;             // CUDA: 10 * major + minor of the compute capability; 0 on a CPU
   int multiprocessors = 0;  // CUDA only
+  int smem_per_block = 0;   // CUDA only: bytes of shared memory that one block can ask for
 };
 
 // Calls body(begin, end, context) on disjoint sub-ranges that cover [0, size), each of at least

@@ -22,4 +22,14 @@ struct RowSource {
   }
 };
 
+// The rows a tile is written to.
+template <typename Element>
+struct RowTarget {
+  Element* data;   // row 0
+  int64_t stride;  // elements, from one row to the next
+  int32_t rows;    // rows from here on do not exist
+  int32_t length;  // nor do elements from here on
+  bool aligned;    // rows are writable in 16-byte pieces
+};
+
 }  // namespace online_attention::cuda

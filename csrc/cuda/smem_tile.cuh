@@ -54,6 +54,25 @@ __device__ __forceinline__ void store_chunk(uint32_t target, const Element* sour
   ptx::store_shared(target, words);
 }
 
+// Writes up to 8 elements to global memory, in one piece if `aligned`, which has a count of 8 or
+// more.
+template <typename Element>
+__device__ __forceinline__ void store_elements(Element* target, const uint32_t (&words)[4],
+                                               int count, bool aligned) {
+  static_assert(sizeof(Element) == 2);
+  if (aligned) {
+    *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kChunkElements; ++e) {
+    if (e < count) {
+      reinterpret_cast<uint16_t*>(target)[e] =
+          static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
+    }
+  }
+}
+
 // Starts the copy of rows [first, first + kRows) into a tile; the caller commits and waits. All
 // kThreads threads.
 template <int kHeadDim, int kRows, int kThreads, typename Element>
@@ -96,6 +115,24 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const RowSource<Element
     } else {
       store_chunk(target, source, exists ? count : 0);
     }
+  }
+}
+
+// Writes a tile to rows [first, first + kRows) in 16-byte pieces. All kThreads threads.
+template <int kHeadDim, int kRows, int kThreads, typename Element>
+__device__ __forceinline__ void store_tile(uint32_t tile, const RowTarget<Element>& to,
+                                           int32_t first) {
+  using Tile = SmemTile<kHeadDim>;
+#pragma unroll 1
+  for (int piece = static_cast<int>(threadIdx.x); piece < kRows * Tile::kChunks;
+       piece += kThreads) {
+    const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
+    const int count = to.length - chunk * kChunkElements;
+    if (first + row >= to.rows || count <= 0) continue;
+    Element* target = to.data + (first + row) * to.stride + chunk * kChunkElements;
+    uint32_t words[4];
+    ptx::load_shared(words, tile + Tile::offset(row, chunk));
+    store_elements(target, words, count, to.aligned);
   }
 }
 

@@ -161,17 +161,7 @@ __device__ __forceinline__ void store_rows(const WarpTile<Element, kConfig>& war
                       chunk * kChunkElements;
     uint32_t words[4];
     ptx::load_shared(words, block.q_smem + Tile::offset(row, chunk));
-    if (aligned) {
-      *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kChunkElements; ++e) {
-        if (e < count) {
-          reinterpret_cast<uint16_t*>(target)[e] =
-              static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
-        }
-      }
-    }
+    store_elements(target, words, count, aligned);
   }
 }
 

@@ -14,6 +14,21 @@ __device__ __forceinline__ void load_shared(uint32_t (&words)[4], uint32_t addre
                : "memory");
 }
 
+// ld.shared.v2.b32; 8-byte aligned.
+__device__ __forceinline__ void load_shared(uint32_t (&words)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(address)
+               : "memory");
+}
+
+// ld.shared.b32; 4-byte aligned.
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
 // st.shared.v4.b32; 16-byte aligned.
 __device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&words)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(words[0]), "r"(words[1]),

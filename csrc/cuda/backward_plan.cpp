@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/backward_plan.h"
+
+#include <algorithm>
+
+namespace online_attention::cuda {
+namespace {
+
+// What the blocks of a section read and add to stays under this share of the L2 cache of an A100
+// (40 MB) or H100 (50 MB).
+constexpr double kSectionBytes = double{32 << 20};
+constexpr int64_t kMaxSectionBlocks = int64_t{1} << 30;
+
+}  // namespace
+
+BackwardPlan plan_backward(const BackwardArgs& args, int32_t tile_m, int32_t tile_n) {
+  const Shape& s = args.shape;
+  BackwardPlan plan;
+  plan.tile_m = tile_m;
+  plan.tile_n = tile_n;
+  plan.group = static_cast<int32_t>(s.group());
+  plan.q_tiles = static_cast<uint32_t>(ceil_div<int64_t>(s.S_q, tile_m));
+  plan.kv_tiles = static_cast<uint32_t>(ceil_div<int64_t>(s.S_kv, tile_n));
+  plan.heads = static_cast<uint32_t>(s.B * s.H_kv);
+  plan.heads_per_batch = static_cast<uint32_t>(s.H_kv);
+  if (args.mask.is_banded()) {
+    const double row_bytes =
+        static_cast<double>(s.D + s.D_v) * static_cast<double>(element_bytes(args.dtype)) +
+        static_cast<double>(s.D) * sizeof(float);
+    const double bytes_per_head =
+        row_bytes * static_cast<double>(s.S_q) * static_cast<double>(s.group());
+    const double most = kSectionBytes / std::max(bytes_per_head, 1.0);
+    const int64_t fitting = std::clamp<int64_t>(static_cast<int64_t>(most), 1, plan.heads);
+    plan.section_heads =
+        static_cast<uint32_t>(std::min<int64_t>(fitting, kMaxSectionBlocks / plan.kv_tiles + 1));
+  }
+  return plan;
+}
+
+}  // namespace online_attention::cuda

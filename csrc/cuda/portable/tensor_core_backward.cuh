@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Backward attention of 16-bit types on tensor cores through mma.sync: five products in one pass
+// (FlashAttention-2, section 3.1.2, with dQ one step behind).
+//
+// A block owns tile_n keys: K and V stay in shared memory, dK and dV in registers. For each tile of
+// queries it computes S^T and dP^T with keys as rows, so that P^T and dS^T are stored as they are
+// computed and read as the left operand of dV and dK. dQ = dS K needs the dS of all keys of the
+// block: it is computed one step later, behind the barrier that the next step needs anyway, and
+// added to fp32 sums in global memory. A step has that one barrier for the block, and one for the
+// warps that share keys.
+//
+// Shared memory: K, V, Q and dO (`stages` times each), P^T, dS^T (twice), terms of the query rows
+// (twice: lse in base-2 units, then delta), marks of the keys.
+#pragma once
+
+#include "cuda/backward_plan.h"
+#include "cuda/portable/backward_tile.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/global.cuh"
+
+namespace online_attention::cuda::portable {
+
+// Where a block is in its list of query tiles: heads of the group in turn, last tile first.
+struct QuerySteps {
+  int32_t begin, end, heads;  // tiles [begin, end) of each head
+  int32_t head = 0, q_tile = 0;
+
+  __device__ __forceinline__ QuerySteps(int32_t begin, int32_t end, int32_t heads)
+      : begin(begin), end(end), heads(end > begin ? heads : 0), q_tile(end - 1) {}
+  __device__ __forceinline__ bool valid() const { return head < heads; }
+  __device__ __forceinline__ void next() {
+    if (--q_tile < begin) {
+      q_tile = end - 1;
+      ++head;
+    }
+  }
+};
+
+template <typename Element, BackwardConfig kConfig>
+struct BackwardBlock : BackwardTile<Element, kConfig> {
+  using Base = BackwardTile<Element, kConfig>;
+  using Base::call;
+  static constexpr int kThreads = kConfig.threads();
+
+  BackwardCoord at;
+
+  __device__ __forceinline__ BackwardBlock(const BackwardCall& call, uint32_t smem)
+      : Base(call, smem), at(call.plan.locate(ticket(call))) {}
+
+  // Blocks that wait for others' sums take their places in the order in which they start, so that
+  // whom they wait for is running.
+  __device__ __forceinline__ static uint32_t ticket(const BackwardCall& call) {
+    if (call.turns == nullptr) return blockIdx.x;
+    __shared__ uint32_t place;
+    if (threadIdx.x == 0) place = static_cast<uint32_t>(atomicAdd(call.turns, 1));
+    __syncthreads();
+    return place;
+  }
+
+  __device__ __forceinline__ int32_t kv_begin() const { return at.kv_tile * kConfig.tile_n; }
+  __device__ __forceinline__ int32_t query_head(int32_t head) const {
+    return at.h_kv * call.plan.group + head;
+  }
+
+  __device__ __forceinline__ void load_keys() const {
+    const auto rows = [&](const View& view, int64_t length) {
+      return this->source(view, at.b, at.h_kv, call.args.shape.S_kv, length);
+    };
+    constexpr int kD = kConfig.head_dim, kN = kConfig.tile_n;
+    load_tile<kD, kN, kThreads>(this->k_smem(), rows(call.args.k, call.args.shape.D), kv_begin());
+    load_tile<kD, kN, kThreads>(this->v_smem(), rows(call.args.v, call.args.shape.D_v), kv_begin());
+  }
+  __device__ __forceinline__ void load_queries(const QuerySteps& step, int stage) const {
+    const auto rows = [&](const View& view, int64_t length) {
+      return this->source(view, at.b, query_head(step.head), call.args.shape.S_q, length);
+    };
+    constexpr int kD = kConfig.head_dim, kM = kConfig.tile_m;
+    const int32_t first = step.q_tile * kM;
+    load_tile<kD, kM, kThreads>(this->q_smem(stage), rows(call.args.q, call.args.shape.D), first);
+    load_tile<kD, kM, kThreads>(this->dout_smem(stage), rows(call.args.dout, call.args.shape.D_v),
+                                first);
+    ptx::cp_async_commit();
+  }
+
+  // The term of a query row that this thread brings to shared memory: one thread in tile_m the lse,
+  // in base-2 units, the next tile_m delta. Rows that do not exist are hidden; theirs is never
+  // used.
+  __device__ __forceinline__ float load_row_term(const QuerySteps& step) const {
+    const auto thread = static_cast<int32_t>(threadIdx.x);
+    const int32_t q_idx = step.q_tile * kConfig.tile_m + thread % kConfig.tile_m;
+    if (thread >= 2 * kConfig.tile_m || q_idx >= call.args.shape.S_q) return 0;
+    const int64_t row =
+        (at.b * call.args.shape.H + query_head(step.head)) * call.args.shape.S_q + q_idx;
+    if (thread >= kConfig.tile_m) return call.delta[row];
+    return SoftmaxRow<float>::from_lse(static_cast<const float*>(call.args.lse)[row]).base();
+  }
+  __device__ __forceinline__ void store_row_term(float term, int buffer) const {
+    if (threadIdx.x < 2 * kConfig.tile_m) {
+      ptx::store_shared(this->row_terms(buffer) + 4 * threadIdx.x, __float_as_uint(term));
+    }
+  }
+
+  // (E30) for one query tile of the group, without the scale: dQ += dS K over this block's keys.
+  __device__ __forceinline__ void add_dq(const QuerySteps& step, int buffer) const {
+    float dq[kConfig.dq_row_atoms][Base::kDqTiles][4] = {};
+    this->multiply_ds_k(dq, buffer);
+    const int64_t head = int64_t{at.b} * call.args.shape.H + query_head(step.head);
+    const int64_t tile = head * call.plan.q_tiles + step.q_tile;
+    int32_t* turn = call.turns == nullptr ? nullptr : call.turns + 1 + tile;
+    if (turn != nullptr) wait_for_turn(turn, step.q_tile);
+    float* target = call.dq_sums + tile * (kConfig.tile_m * kConfig.head_dim) + threadIdx.x * 4;
+#pragma unroll
+    for (int atom = 0; atom < kConfig.dq_row_atoms; ++atom) {
+#pragma unroll
+      for (int n = 0; n < Base::kDqTiles; ++n) {
+        ptx::reduce_add(target + (atom * Base::kDqTiles + n) * kThreads * 4, dq[atom][n]);
+      }
+    }
+    if (turn != nullptr) {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) ptx::release_add(turn, 1);
+    }
+  }
+  __device__ __forceinline__ void wait_for_turn(const int32_t* turn, int32_t q_tile) const {
+    if (threadIdx.x == 0) {
+      const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
+      const int32_t mine = call.plan.turn_of(call.args.mask, s_q, q_tile, at.kv_tile);
+      while (ptx::load_acquire(turn) != mine) __nanosleep(20);
+    }
+    __syncthreads();
+  }
+
+  // One query tile: everything but its dQ.
+  __device__ __forceinline__ void absorb(const QuerySteps& step, int stage, int buffer) {
+    const Mask& mask = call.args.mask;
+    const int32_t q_begin = step.q_tile * kConfig.tile_m, q_end = q_begin + kConfig.tile_m;
+    const bool masked =
+        q_end > call.args.shape.S_q ||
+        mask.tile_needs_mask(q_begin, q_end, kv_begin(), kv_begin() + kConfig.tile_n);
+    const bool wants_ds = call.dq_sums != nullptr || call.args.dk.data != nullptr;
+
+    float p[Base::kAtoms][Base::kQueryTiles][4] = {};
+    this->multiply_k_q(p, stage);  // S^T = K Q^T
+    this->weigh(p, buffer);        // (E25)
+    if (masked) this->hide(p, q_begin, kv_begin());
+    if (call.args.dv.data != nullptr) this->store_pairs(p, this->p_smem());
+    if (wants_ds) {
+      float ds[Base::kAtoms][Base::kQueryTiles][4] = {};
+      this->multiply_v_dout(ds, stage);     // (E27), transposed
+      this->subtract_delta(ds, p, buffer);  // (E29)
+      if (masked) this->hide(ds, q_begin, kv_begin());
+      this->store_pairs(ds, this->ds_smem(buffer));
+    }
+    bool nonfinite = false;
+    if (masked && mask.is_banded()) {
+      __syncthreads();  // everybody has read Q and dO as they are
+      nonfinite = this->clear_nonfinite_queries(stage);
+    } else {
+      this->wait_for_key_warps();
+    }
+    if (call.args.dv.data != nullptr) {
+      this->multiply_p_dout(stage);  // (E26)
+      if (nonfinite) this->add_nonfinite_dout(at.b, query_head(step.head), q_begin, kv_begin());
+    }
+    if (call.args.dk.data != nullptr) this->multiply_ds_q(stage, buffer);  // (E31), unscaled
+  }
+
+  __device__ __forceinline__ void run() {
+    const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
+    const QRange queries = call.args.mask.q_range(kv_begin(), kv_begin() + kConfig.tile_n, s_q);
+    QuerySteps step(queries.begin / kConfig.tile_m, ceil_div(queries.end, kConfig.tile_m),
+                    call.plan.group);
+    if (!step.valid()) return;
+    QuerySteps previous = step;
+    bool dq_open = false;  // whether `previous` waits for its dQ
+    int stage = 0, buffer = 0;
+    load_keys();
+    load_queries(step, 0);
+    store_row_term(load_row_term(step), 0);
+    if (call.args.mask.is_banded()) this->mark_nonfinite_keys();
+    while (step.valid()) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // Q, dO and the row terms of this step are there; so is the dS of the last
+      QuerySteps following = step;
+      following.next();
+      float row_term = 0;
+      if (following.valid()) {
+        if constexpr (kConfig.stages == 2) load_queries(following, stage ^ 1);
+        row_term = load_row_term(following);
+      }
+      if (dq_open) add_dq(previous, buffer ^ 1);
+      absorb(step, stage, buffer);
+      store_row_term(row_term, buffer ^ 1);
+      if constexpr (kConfig.stages == 1) {
+        __syncthreads();  // Q and dO have been read
+        if (following.valid()) load_queries(following, 0);
+      } else {
+        stage ^= 1;
+      }
+      buffer ^= 1;
+      previous = step;
+      dq_open = call.dq_sums != nullptr;
+      step = following;
+    }
+    __syncthreads();
+    if (dq_open) add_dq(previous, buffer ^ 1);
+  }
+
+  // dK and dV leave through the buffers of K and V, in 16-byte pieces.
+  __device__ __forceinline__ void store() {
+    __syncthreads();  // K and V have been read
+    this->stage_rows(this->dk, this->k_smem(), static_cast<float>(call.args.factor));
+    this->stage_rows(this->dv, this->v_smem(), 1);
+    __syncthreads();
+    const auto rows = static_cast<int32_t>(call.args.shape.S_kv);
+    const auto store_to = [&](const View& view, uint32_t tile, int64_t length) {
+      if (view.data == nullptr) return;
+      const RowTarget<Element> target{view.row<Element>(at.b, at.h_kv, 0), view.stride_s, rows,
+                                      static_cast<int32_t>(length), call.aligned};
+      store_tile<kConfig.head_dim, kConfig.tile_n, kThreads>(tile, target, kv_begin());
+    };
+    store_to(call.args.dk, this->k_smem(), call.args.shape.D);
+    store_to(call.args.dv, this->v_smem(), call.args.shape.D_v);
+  }
+};
+
+// A kernel's own template arguments must be types and integers, hence not a BackwardConfig.
+template <typename Element, int kHeadDim, SmemClass kSize>
+__global__ void __launch_bounds__((kBackward<kHeadDim, kSize>.threads()), 1)
+    tensor_core_backward_kernel(const __grid_constant__ BackwardCall call) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (runs_on(kSize, __CUDA_ARCH__)) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    BackwardBlock<Element, kBackward<kHeadDim, kSize>> block(call, ptx::shared_address(smem));
+    block.run();
+    block.store();
+  }
+#endif
+}
+
+// Scales, rounds and writes dQ from its sums; a block per query tile, whose threads hold what they
+// held in add_dq.
+template <typename Element, int kHeadDim, SmemClass kSize>
+__global__ void __launch_bounds__((kBackward<kHeadDim, kSize>.threads()))
+    store_dq_kernel(const __grid_constant__ BackwardCall call) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (runs_on(kSize, __CUDA_ARCH__)) {
+    constexpr BackwardConfig kConfig = kBackward<kHeadDim, kSize>;
+    using Tile = BackwardTile<Element, kConfig>;
+    extern __shared__ __align__(128) unsigned char smem[];
+    const Tile tile(call, ptx::shared_address(smem));
+    const float* sums =
+        call.dq_sums + int64_t{blockIdx.x} * (kConfig.tile_m * kConfig.head_dim) + threadIdx.x * 4;
+    float dq[kConfig.dq_row_atoms][Tile::kDqTiles][4];
+#pragma unroll
+    for (int atom = 0; atom < kConfig.dq_row_atoms; ++atom) {
+#pragma unroll
+      for (int n = 0; n < Tile::kDqTiles; ++n) {
+        const auto four = *reinterpret_cast<const float4*>(sums + (atom * Tile::kDqTiles + n) *
+                                                                      kConfig.threads() * 4);
+        dq[atom][n][0] = four.x;
+        dq[atom][n][1] = four.y;
+        dq[atom][n][2] = four.z;
+        dq[atom][n][3] = four.w;
+      }
+    }
+    tile.stage_dq(dq, ptx::shared_address(smem), static_cast<float>(call.args.factor));
+    __syncthreads();
+    const uint32_t head = blockIdx.x / call.plan.q_tiles;
+    const auto H = static_cast<uint32_t>(call.args.shape.H);
+    const View& view = call.args.dq;
+    const RowTarget<Element> target{view.row<Element>(head / H, head % H, 0), view.stride_s,
+                                    static_cast<int32_t>(call.args.shape.S_q),
+                                    static_cast<int32_t>(call.args.shape.D), call.aligned};
+    store_tile<kHeadDim, kConfig.tile_m, kConfig.threads()>(
+        ptx::shared_address(smem), target,
+        static_cast<int32_t>(blockIdx.x % call.plan.q_tiles) * kConfig.tile_m);
+  }
+#endif
+}
+
+}  // namespace online_attention::cuda::portable

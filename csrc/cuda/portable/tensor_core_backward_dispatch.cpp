@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Plans a backward call of the tensor-core runner and sends it to the kernel compiled for its head
+// dims and the device's shared memory.
+#include <algorithm>
+#include <iterator>
+
+#include "cuda/backward_delta.h"
+#include "cuda/memory.h"
+#include "cuda/portable/backward.h"
+#include "cuda/portable/tensor_core_backward.h"
+
+// Named, never defined here: host code picks kernels by element type without CUDA's headers.
+struct __half;
+struct __nv_bfloat16;
+
+namespace online_attention::cuda::portable {
+namespace {
+
+using LaunchKernel = Status (*)(const BackwardArgs&, const BackwardPlan&, const BackwardBuffers&,
+                                SmemClass, const Launch&);
+
+struct Bucket {
+  int64_t head_dim;
+  const BackwardConfig& large;
+  const BackwardConfig& medium;
+  const BackwardConfig& turing;
+  LaunchKernel f16, bf16;
+};
+
+template <int kHeadDim>
+constexpr Bucket bucket() {
+  return {kHeadDim,
+          kBackward<kHeadDim, SmemClass::large>,
+          kBackward<kHeadDim, SmemClass::medium>,
+          kBackward<kHeadDim, SmemClass::turing>,
+          launch_tensor_core_backward<__half, kHeadDim>,
+          launch_tensor_core_backward<__nv_bfloat16, kHeadDim>};
+}
+
+constexpr Bucket kBuckets[] = {bucket<64>(), bucket<96>(), bucket<128>(), bucket<192>(),
+                               bucket<256>()};
+
+// The registry sends no head dim above the last bucket's.
+const Bucket& bucket_of(const Shape& shape) {
+  const int64_t head_dim = std::max(shape.D, shape.D_v);
+  return *std::find_if(std::begin(kBuckets), std::end(kBuckets) - 1,
+                       [&](const Bucket& b) { return head_dim <= b.head_dim; });
+}
+
+SmemClass smem_class(const Device& device) {
+  if (device.arch < 80) return SmemClass::turing;
+  const bool large = device.arch >= 90 && device.smem_per_block >= smem_limit(SmemClass::large);
+  return large ? SmemClass::large : SmemClass::medium;
+}
+
+const BackwardConfig& config_of(const Bucket& bucket, SmemClass size) {
+  return size == SmemClass::large    ? bucket.large
+         : size == SmemClass::medium ? bucket.medium
+                                     : bucket.turing;
+}
+
+BackwardPlan plan_for(const BackwardArgs& args, const Device& device) {
+  const BackwardConfig& config = config_of(bucket_of(args.shape), smem_class(device));
+  return plan_backward(args, config.tile_m, config.tile_n);
+}
+
+// delta [B, H, S_q], padded so that what follows is aligned; then the sums of dQ, a tile of the
+// bucket's width for each query tile; then the turns.
+struct Sizes {
+  int64_t delta = 0, dq_sums = 0, turns = 0;
+
+  Sizes(const BackwardArgs& args, const BackwardPlan& plan) {
+    const Shape& s = args.shape;
+    delta = ceil_div<int64_t>(s.B * s.H * s.S_q * sizeof(float), 256) * 256;
+    if (args.dq.data == nullptr) return;
+    dq_sums = plan.dq_tiles() * plan.tile_m * bucket_of(s).head_dim * sizeof(float);
+    if (args.deterministic) turns = (1 + plan.dq_tiles()) * sizeof(int32_t);
+  }
+  int64_t total() const { return delta + dq_sums + turns; }
+  BackwardBuffers in(void* workspace) const {
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    BackwardBuffers buffers;
+    buffers.delta = reinterpret_cast<float*>(bytes);
+    if (dq_sums > 0) buffers.dq_sums = reinterpret_cast<float*>(bytes + delta);
+    if (turns > 0) buffers.turns = reinterpret_cast<int32_t*>(bytes + delta + dq_sums);
+    return buffers;
+  }
+};
+
+}  // namespace
+
+int64_t tensor_core_backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
+  return Sizes(args, plan_for(args, device)).total();
+}
+
+Status tensor_core_backward(const BackwardArgs& args, const Launch& launch) {
+  const BackwardPlan plan = plan_for(args, launch.device);
+  const Sizes sizes(args, plan);
+  const BackwardBuffers buffers = sizes.in(launch.workspace);
+  Status status = backward_delta(args, buffers.delta, launch.stream);
+  if (status != kOk) return status;
+  if (buffers.dq_sums != nullptr) {
+    status = fill_zero(buffers.dq_sums, sizes.dq_sums + sizes.turns, launch.stream);
+    if (status != kOk) return status;
+  }
+  const Bucket& bucket = bucket_of(args.shape);
+  const LaunchKernel kernel = args.dtype == DType::f16 ? bucket.f16 : bucket.bf16;
+  return kernel(args, plan, buffers, smem_class(launch.device), launch);
+}
+
+}  // namespace online_attention::cuda::portable

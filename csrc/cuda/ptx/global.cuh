@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Sums and signals through global memory.
+#pragma once
+
+#include <cstdint>
+
+namespace online_attention::cuda::ptx {
+
+// red.relaxed.gpu.global.add.v4.f32 (PTX 8.1, sm_90): adds four floats to 16-byte aligned memory;
+// four scalar red.add below sm_90.
+__device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(address), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address + i), "f"(x[i])
+                 : "memory");
+  }
+#endif
+}
+
+// ld.acquire.gpu.b32 (PTX 6.0, sm_70): what the releasing thread saw before its release_add is seen
+// after this.
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// red.release.gpu.add.s32 (PTX 6.0, sm_70).
+__device__ __forceinline__ void release_add(int32_t* address, int32_t x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+
+}  // namespace online_attention::cuda::ptx
