@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "core/softmax_row.h"
 #include "cuda/launch.cuh"
 
 namespace online_attention::cuda {
@@ -20,7 +21,7 @@ struct alignas(sizeof(Element) * kVector) Pack {
 // Each row's sum is taken in the same order in every run.
 template <typename Element, typename Real, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    delta_kernel(const __grid_constant__ BackwardArgs args, Real* delta, int lanes) {
+    delta_kernel(const __grid_constant__ BackwardArgs args, Real* delta, Real* lse2, int lanes) {
   using Packed = Pack<Element, kVector>;
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
@@ -49,41 +50,48 @@ __global__ void __launch_bounds__(kThreads)
   if (!exists || lane != 0) return;
   const Real dlse = args.dlse == nullptr ? Real(0) : static_cast<const Real*>(args.dlse)[row];
   delta[row] = sum - dlse;  // (E28)
+  if (lse2 == nullptr) return;
+  const Real lse = static_cast<const Real*>(args.lse)[row];
+  lse2[row] = lse == -kInfinity<Real> ? kInfinity<Real> : SoftmaxRow<Real>::from_lse(lse).m;
 }
 
 template <typename Element, int kVector, typename Real>
-Status launch_delta(const BackwardArgs& args, Real* delta, void* stream) {
+Status launch_delta(const BackwardArgs& args, Real* delta, Real* lse2, void* stream) {
   int lanes = 1;
   while (lanes < 32 && int64_t{lanes} * kVector < args.shape.D_v) lanes *= 2;
   const int64_t rows = args.shape.B * args.shape.H * args.shape.S_q;
   return launch(delta_kernel<Element, Real, kVector>, ceil_div<int64_t>(rows, kThreads / lanes),
-                kThreads, 0, stream, args, delta, lanes);
+                kThreads, 0, stream, args, delta, lse2, lanes);
 }
 
 template <typename Element, typename Real>
-Status delta_as(const BackwardArgs& args, Real* delta, void* stream) {
+Status delta_as(const BackwardArgs& args, Real* delta, Real* lse2, void* stream) {
   constexpr int64_t kBytes = sizeof(Element);
   const bool aligned = args.shape.D_v * kBytes % 16 == 0 && is_aligned_16(args.out, kBytes) &&
                        is_aligned_16(args.dout, kBytes);
-  return aligned ? launch_delta<Element, 16 / kBytes>(args, delta, stream)
-                 : launch_delta<Element, 1>(args, delta, stream);
+  return aligned ? launch_delta<Element, 16 / kBytes>(args, delta, lse2, stream)
+                 : launch_delta<Element, 1>(args, delta, lse2, stream);
 }
 
 }  // namespace
 
-Status backward_delta(const BackwardArgs& args, float* delta, void* stream) {
+Status backward_row_terms(const BackwardArgs& args, float* delta, float* lse2, void* stream) {
   switch (args.dtype) {
     case DType::f16:
-      return delta_as<__half>(args, delta, stream);
+      return delta_as<__half>(args, delta, lse2, stream);
     case DType::bf16:
-      return delta_as<__nv_bfloat16>(args, delta, stream);
+      return delta_as<__nv_bfloat16>(args, delta, lse2, stream);
     default:
-      return delta_as<float>(args, delta, stream);
+      return delta_as<float>(args, delta, lse2, stream);
   }
 }
 
+Status backward_delta(const BackwardArgs& args, float* delta, void* stream) {
+  return backward_row_terms(args, delta, nullptr, stream);
+}
+
 Status backward_delta(const BackwardArgs& args, double* delta, void* stream) {
-  return delta_as<double>(args, delta, stream);
+  return delta_as<double, double>(args, delta, nullptr, stream);
 }
 
 }  // namespace online_attention::cuda

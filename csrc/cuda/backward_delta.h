@@ -9,6 +9,9 @@ namespace online_attention::cuda {
 // delta = rowsum(dout * out) - dlse (E28), for every query row: [B, H, S_q] contiguous. double for
 // fp64, else float.
 Status backward_delta(const BackwardArgs& args, float* delta, void* stream);
+// The same, with the rows' lse in base-2 units beside it: +inf for a row without a sum, so that
+// every weight under it is 0.
+Status backward_row_terms(const BackwardArgs& args, float* delta, float* lse2, void* stream);
 Status backward_delta(const BackwardArgs& args, double* delta, void* stream);
 
 }  // namespace online_attention::cuda

@@ -9,11 +9,15 @@ namespace {
 // What the blocks of a section read and add to stays under this share of the L2 cache of an A100
 // (40 MB) or H100 (50 MB).
 constexpr double kSectionBytes = double{32 << 20};
+// Yet a section has at least this many blocks for each multiprocessor, or the long blocks of the
+// last section would run on while the rest of the device is idle.
+constexpr int64_t kSectionRounds = 4;
 constexpr int64_t kMaxSectionBlocks = int64_t{1} << 30;
 
 }  // namespace
 
-BackwardPlan plan_backward(const BackwardArgs& args, int32_t tile_m, int32_t tile_n) {
+BackwardPlan plan_backward(const BackwardArgs& args, int32_t tile_m, int32_t tile_n,
+                           int multiprocessors) {
   const Shape& s = args.shape;
   BackwardPlan plan;
   plan.tile_m = tile_m;
@@ -24,15 +28,17 @@ BackwardPlan plan_backward(const BackwardArgs& args, int32_t tile_m, int32_t til
   plan.heads = static_cast<uint32_t>(s.B * s.H_kv);
   plan.heads_per_batch = static_cast<uint32_t>(s.H_kv);
   if (args.mask.is_banded()) {
-    const double row_bytes =
-        static_cast<double>(s.D + s.D_v) * static_cast<double>(element_bytes(args.dtype)) +
-        static_cast<double>(s.D) * sizeof(float);
-    const double bytes_per_head =
-        row_bytes * static_cast<double>(s.S_q) * static_cast<double>(s.group());
-    const double most = kSectionBytes / std::max(bytes_per_head, 1.0);
-    const int64_t fitting = std::clamp<int64_t>(static_cast<int64_t>(most), 1, plan.heads);
-    plan.section_heads =
-        static_cast<uint32_t>(std::min<int64_t>(fitting, kMaxSectionBlocks / plan.kv_tiles + 1));
+    // Blocks that run side by side are at about the same query head of their group.
+    const double head_bytes =
+        static_cast<double>(s.S_q) *
+        (static_cast<double>(s.D + s.D_v) * static_cast<double>(element_bytes(args.dtype)) +
+         static_cast<double>(s.D) * sizeof(float));
+    const auto fitting =
+        static_cast<int64_t>(std::min(kSectionBytes / std::max(head_bytes, 1.0), 1e9));
+    const int64_t filling = ceil_div<int64_t>(kSectionRounds * multiprocessors, plan.kv_tiles);
+    plan.section_heads = static_cast<uint32_t>(
+        std::min({std::max<int64_t>({fitting, filling, 1}), int64_t{plan.heads},
+                  kMaxSectionBlocks / plan.kv_tiles + 1}));
   }
   return plan;
 }

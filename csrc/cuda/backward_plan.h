@@ -52,6 +52,7 @@ struct BackwardPlan {
 };
 
 // Callers keep B * H below 2^31 and no size 0.
-BackwardPlan plan_backward(const BackwardArgs& args, int32_t tile_m, int32_t tile_n);
+BackwardPlan plan_backward(const BackwardArgs& args, int32_t tile_m, int32_t tile_n,
+                           int multiprocessors);
 
 }  // namespace online_attention::cuda

@@ -33,6 +33,25 @@ __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float hi
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// Two elements in one register.
+template <typename Element>
+struct PairTraits;
+template <>
+struct PairTraits<__half> {
+  using Pair = __half2;
+};
+template <>
+struct PairTraits<__nv_bfloat16> {
+  using Pair = __nv_bfloat162;
+};
+template <typename Element>
+using PairOf = typename PairTraits<Element>::Pair;
+template <typename Element>
+__device__ __forceinline__ PairOf<Element> zero_pair() {
+  constexpr uint32_t kZeros = 0;
+  return reinterpret_cast<const PairOf<Element>&>(kZeros);
+}
+
 // The exponent bits of a 16-bit type: Inf and NaN have all of them set.
 template <typename Element>
 inline constexpr uint32_t kExponentBits = 0;

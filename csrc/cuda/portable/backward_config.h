@@ -25,14 +25,14 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int dq_column_warps() const { return warps / dq_row_warps(); }
 
   // Bytes of shared memory: K and V; Q and dO, each `stages` times; P; dS twice; lse and delta of
-  // the queries, twice; one mark for each key.
+  // the queries, twice; one mark for each key; the block's place.
   ONLINE_ATTENTION_HD constexpr int kv_tile_bytes() const { return tile_n * head_dim * 2; }
   ONLINE_ATTENTION_HD constexpr int q_tile_bytes() const { return tile_m * head_dim * 2; }
   ONLINE_ATTENTION_HD constexpr int pair_tile_bytes() const { return tile_n * tile_m * 2; }
   ONLINE_ATTENTION_HD constexpr int row_terms_bytes() const { return 2 * tile_m * 4; }
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
     return 2 * kv_tile_bytes() + 2 * stages * q_tile_bytes() + 3 * pair_tile_bytes() +
-           2 * row_terms_bytes() + tile_n * 4;
+           2 * row_terms_bytes() + tile_n * 4 + 16;
   }
 };
 

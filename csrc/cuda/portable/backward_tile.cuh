@@ -20,6 +20,7 @@ struct BackwardCall {
   BackwardArgs args;
   BackwardPlan plan;
   const float* delta;  // [B, H, S_q]
+  const float* lse2;   // [B, H, S_q]: see backward_row_terms
   // fp32 sums of dQ before the scale: for each query tile of each head the fragments of add_dq,
   // [row atom][n8 tile][thread][4]. nullptr: dQ is not asked for.
   float* dq_sums;
@@ -73,6 +74,9 @@ struct BackwardTile {
     return p_smem() + 3 * kConfig.pair_tile_bytes() + buffer * kConfig.row_terms_bytes();
   }
   __device__ __forceinline__ uint32_t key_marks() const { return row_terms(2); }
+  __device__ __forceinline__ uint32_t place_smem() const {
+    return key_marks() + 4 * kConfig.tile_n;
+  }
 
   // This warp's place.
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32u); }
@@ -186,21 +190,23 @@ struct BackwardTile {
     two[1] = __uint_as_float(words[1]);
   }
 
-  // Zeros where the mask hides, whatever was there.
+  // Zeros where the mask hides, whatever was there. Of the step's queries, counted from this
+  // thread's first, the key of register row r is seen by [first, last].
   __device__ __forceinline__ void hide(Scores& x, int32_t q_begin, int32_t kv_begin) const {
-    const int32_t first = kv_begin + key(0);
+    const Mask& mask = call.args.mask;
+    const int32_t q_first = q_begin + query(0);
 #pragma unroll
-    for (int n = 0; n < kQueryTiles; ++n) {
+    for (int r = 0; r < 4; ++r) {
+      const int32_t kv_idx = kv_begin + key(r);
+      const QRange seen_by =
+          mask.q_range(kv_idx, kv_idx + 1, static_cast<int32_t>(call.args.shape.S_q));
+      const int32_t first = seen_by.begin - q_first, last = seen_by.end - 1 - q_first;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int32_t q_idx = q_begin + query(n) + j;
-        KvRange seen = call.args.mask.kv_range(q_idx, q_idx + 1);
-        if (q_idx >= call.args.shape.S_q) seen = {0, 0};
+      for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const bool visible = first + 8 * r >= seen.begin && first + 8 * r < seen.end;
+        for (int j = 0; j < 2; ++j) {
           float& element = x[r / 2][n][r % 2 * 2 + j];
-          element = visible ? element : 0;
+          element = 8 * n + j >= first && 8 * n + j <= last ? element : 0;
         }
       }
     }
@@ -239,8 +245,14 @@ struct BackwardTile {
       }
     }
   }
-  // Of Q no trace need be kept: a query that is not finite has no finite P. Returns whether dO had
-  // such elements; add_nonfinite_dout gives them to the keys that its rows see.
+  // Whether this thread's term of the step's rows is finite: if a query or a dO holds Inf or NaN,
+  // its lse or its delta is not.
+  __device__ __forceinline__ bool row_terms_finite(int buffer) const {
+    if (threadIdx.x >= 2 * kConfig.tile_m) return true;
+    return isfinite(__uint_as_float(ptx::load_shared(row_terms(buffer) + 4 * threadIdx.x)));
+  }
+  // Queries of a step. Of Q no trace need be kept: a query that is not finite has no finite P.
+  // Returns whether dO had such elements; add_nonfinite_dout gives them to the keys its rows see.
   __device__ __forceinline__ bool clear_nonfinite_queries(int stage) const {
     bool found = false;
     clear_nonfinite<kConfig.q_tile_bytes()>(q_smem(stage), [](int) {});
@@ -253,12 +265,29 @@ struct BackwardTile {
     if (threadIdx.x < kConfig.tile_n) ptx::store_shared(key_marks() + 4 * threadIdx.x, 0u);
     ptx::cp_async_wait<0>();
     __syncthreads();
-    bool found = false;
+    // K and V lie side by side.
+    marked = __syncthreads_or(has_nonfinite<2 * kConfig.kv_tile_bytes()>(k_smem())) != 0;
+    if (!marked) return;
     clear_nonfinite<kConfig.kv_tile_bytes()>(k_smem(), [&](int at) {
-      found = true;
       ptx::store_shared(key_marks() + 4 * (at / Rows::kRowBytes), 0x7fffffffu);
     });
-    marked = __syncthreads_or(found) != 0;
+    __syncthreads();
+  }
+  // Of this thread's share of the tile.
+  template <int kBytes>
+  __device__ __forceinline__ static bool has_nonfinite(uint32_t tile) {
+    using Pair = PairOf<Element>;
+    Pair sum = zero_pair<Element>();
+#pragma unroll
+    for (int at = 0; at < kBytes; at += kConfig.threads() * kChunkBytes) {
+      uint32_t words[4];
+      ptx::load_shared(words, tile + at + threadIdx.x * kChunkBytes);
+#pragma unroll
+      for (const uint32_t word : words) {
+        sum = __hfma2(reinterpret_cast<const Pair&>(word), zero_pair<Element>(), sum);
+      }
+    }
+    return !__hbeq2(sum, sum);  // Inf * 0 and NaN * 0 are NaN
   }
   __device__ __forceinline__ void add_key_marks(Scores& s) const {
 #pragma unroll

@@ -20,20 +20,9 @@
 
 namespace online_attention::cuda::portable {
 
-// Where a block is in its list of query tiles: heads of the group in turn, last tile first.
-struct QuerySteps {
-  int32_t begin, end, heads;  // tiles [begin, end) of each head
-  int32_t head = 0, q_tile = 0;
-
-  __device__ __forceinline__ QuerySteps(int32_t begin, int32_t end, int32_t heads)
-      : begin(begin), end(end), heads(end > begin ? heads : 0), q_tile(end - 1) {}
-  __device__ __forceinline__ bool valid() const { return head < heads; }
-  __device__ __forceinline__ void next() {
-    if (--q_tile < begin) {
-      q_tile = end - 1;
-      ++head;
-    }
-  }
+// One step of a block: a query tile of one head of the group.
+struct QueryStep {
+  int32_t head, q_tile;  // head counts within the group
 };
 
 template <typename Element, BackwardConfig kConfig>
@@ -42,10 +31,30 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
   using Base::call;
   static constexpr int kThreads = kConfig.threads();
 
-  BackwardCoord at;
+  int32_t kv_tile;
 
+  // Batch element, head, and the range of query tiles that see some key of the block are kept in
+  // shared memory: they are needed once a step, and registers are for fragments.
+  enum Place : int { kBatch, kKvHead, kQTileBegin, kQTileEnd, kPlaces };
   __device__ __forceinline__ BackwardBlock(const BackwardCall& call, uint32_t smem)
-      : Base(call, smem), at(call.plan.locate(ticket(call))) {}
+      : Base(call, smem) {
+    const BackwardCoord at = call.plan.locate(ticket(call));
+    kv_tile = at.kv_tile;
+    const QRange queries = call.args.mask.q_range(kv_begin(), kv_begin() + kConfig.tile_n,
+                                                  static_cast<int32_t>(call.args.shape.S_q));
+    const int32_t values[kPlaces] = {at.b, at.h_kv, queries.begin / kConfig.tile_m,
+                                     ceil_div(queries.end, kConfig.tile_m)};
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i) {
+        ptx::store_shared(this->place_smem() + 4 * i, static_cast<uint32_t>(values[i]));
+      }
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ int32_t place(Place what) const {
+    return static_cast<int32_t>(ptx::load_shared(this->place_smem() + 4 * what));
+  }
 
   // Blocks that wait for others' sums take their places in the order in which they start, so that
   // whom they wait for is running.
@@ -57,54 +66,66 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     return place;
   }
 
-  __device__ __forceinline__ int32_t kv_begin() const { return at.kv_tile * kConfig.tile_n; }
+  __device__ __forceinline__ int32_t kv_begin() const { return kv_tile * kConfig.tile_n; }
   __device__ __forceinline__ int32_t query_head(int32_t head) const {
-    return at.h_kv * call.plan.group + head;
+    return place(kKvHead) * call.plan.group + head;
+  }
+
+  // The block's steps: heads of the group in turn, last tile first.
+  __device__ __forceinline__ QueryStep first_step() const {
+    const int32_t end = place(kQTileEnd);
+    return {end > place(kQTileBegin) ? 0 : call.plan.group, end - 1};
+  }
+  __device__ __forceinline__ bool exists(const QueryStep& step) const {
+    return step.head < call.plan.group;
+  }
+  __device__ __forceinline__ QueryStep after(const QueryStep& step) const {
+    if (step.q_tile > place(kQTileBegin)) return {step.head, step.q_tile - 1};
+    return {step.head + 1, place(kQTileEnd) - 1};
+  }
+  __device__ __forceinline__ QueryStep before(const QueryStep& step) const {
+    if (step.q_tile < place(kQTileEnd) - 1) return {step.head, step.q_tile + 1};
+    return {step.head - 1, place(kQTileBegin)};
   }
 
   __device__ __forceinline__ void load_keys() const {
     const auto rows = [&](const View& view, int64_t length) {
-      return this->source(view, at.b, at.h_kv, call.args.shape.S_kv, length);
+      return this->source(view, place(kBatch), place(kKvHead), call.args.shape.S_kv, length);
     };
     constexpr int kD = kConfig.head_dim, kN = kConfig.tile_n;
     load_tile<kD, kN, kThreads>(this->k_smem(), rows(call.args.k, call.args.shape.D), kv_begin());
     load_tile<kD, kN, kThreads>(this->v_smem(), rows(call.args.v, call.args.shape.D_v), kv_begin());
   }
-  __device__ __forceinline__ void load_queries(const QuerySteps& step, int stage) const {
+  __device__ __forceinline__ void load_queries(const QueryStep& step, int stage, int buffer) const {
     const auto rows = [&](const View& view, int64_t length) {
-      return this->source(view, at.b, query_head(step.head), call.args.shape.S_q, length);
+      return this->source(view, place(kBatch), query_head(step.head), call.args.shape.S_q, length);
     };
     constexpr int kD = kConfig.head_dim, kM = kConfig.tile_m;
     const int32_t first = step.q_tile * kM;
     load_tile<kD, kM, kThreads>(this->q_smem(stage), rows(call.args.q, call.args.shape.D), first);
     load_tile<kD, kM, kThreads>(this->dout_smem(stage), rows(call.args.dout, call.args.shape.D_v),
                                 first);
+    load_row_terms(step, buffer);
     ptx::cp_async_commit();
   }
 
-  // The term of a query row that this thread brings to shared memory: one thread in tile_m the lse,
-  // in base-2 units, the next tile_m delta. Rows that do not exist are hidden; theirs is never
-  // used.
-  __device__ __forceinline__ float load_row_term(const QuerySteps& step) const {
+  // Terms of the query rows: one thread in tile_m brings an lse, the next tile_m a delta. Rows that
+  // do not exist are hidden; theirs is never used.
+  __device__ __forceinline__ void load_row_terms(const QueryStep& step, int buffer) const {
     const auto thread = static_cast<int32_t>(threadIdx.x);
+    if (thread >= 2 * kConfig.tile_m) return;
     const int32_t q_idx = step.q_tile * kConfig.tile_m + thread % kConfig.tile_m;
-    if (thread >= 2 * kConfig.tile_m || q_idx >= call.args.shape.S_q) return 0;
-    const int64_t row =
-        (at.b * call.args.shape.H + query_head(step.head)) * call.args.shape.S_q + q_idx;
-    if (thread >= kConfig.tile_m) return call.delta[row];
-    return SoftmaxRow<float>::from_lse(static_cast<const float*>(call.args.lse)[row]).base();
-  }
-  __device__ __forceinline__ void store_row_term(float term, int buffer) const {
-    if (threadIdx.x < 2 * kConfig.tile_m) {
-      ptx::store_shared(this->row_terms(buffer) + 4 * threadIdx.x, __float_as_uint(term));
-    }
+    const int64_t head = int64_t{place(kBatch)} * call.args.shape.H + query_head(step.head);
+    const float* terms = thread < kConfig.tile_m ? call.lse2 : call.delta;
+    ptx::cp_async<4>(this->row_terms(buffer) + 4 * thread,
+                     terms + head * call.args.shape.S_q + q_idx, q_idx < call.args.shape.S_q);
   }
 
   // (E30) for one query tile of the group, without the scale: dQ += dS K over this block's keys.
-  __device__ __forceinline__ void add_dq(const QuerySteps& step, int buffer) const {
+  __device__ __forceinline__ void add_dq(const QueryStep& step, int buffer) const {
     float dq[kConfig.dq_row_atoms][Base::kDqTiles][4] = {};
     this->multiply_ds_k(dq, buffer);
-    const int64_t head = int64_t{at.b} * call.args.shape.H + query_head(step.head);
+    const int64_t head = int64_t{place(kBatch)} * call.args.shape.H + query_head(step.head);
     const int64_t tile = head * call.plan.q_tiles + step.q_tile;
     int32_t* turn = call.turns == nullptr ? nullptr : call.turns + 1 + tile;
     if (turn != nullptr) wait_for_turn(turn, step.q_tile);
@@ -125,86 +146,95 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
   __device__ __forceinline__ void wait_for_turn(const int32_t* turn, int32_t q_tile) const {
     if (threadIdx.x == 0) {
       const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
-      const int32_t mine = call.plan.turn_of(call.args.mask, s_q, q_tile, at.kv_tile);
+      const int32_t mine = call.plan.turn_of(call.args.mask, s_q, q_tile, kv_tile);
       while (ptx::load_acquire(turn) != mine) __nanosleep(20);
     }
     __syncthreads();
   }
 
-  // One query tile: everything but its dQ.
-  __device__ __forceinline__ void absorb(const QuerySteps& step, int stage, int buffer) {
-    const Mask& mask = call.args.mask;
+  __device__ __forceinline__ bool needs_mask(const QueryStep& step) const {
     const int32_t q_begin = step.q_tile * kConfig.tile_m, q_end = q_begin + kConfig.tile_m;
-    const bool masked =
-        q_end > call.args.shape.S_q ||
-        mask.tile_needs_mask(q_begin, q_end, kv_begin(), kv_begin() + kConfig.tile_n);
-    const bool wants_ds = call.dq_sums != nullptr || call.args.dk.data != nullptr;
+    return q_end > call.args.shape.S_q ||
+           call.args.mask.tile_needs_mask(q_begin, q_end, kv_begin(), kv_begin() + kConfig.tile_n);
+  }
 
+  // P and dS of one query tile, to shared memory.
+  __device__ __forceinline__ void compute_pairs(const QueryStep& step, bool masked, int stage,
+                                                int buffer) const {
+    const int32_t q_begin = step.q_tile * kConfig.tile_m;
     float p[Base::kAtoms][Base::kQueryTiles][4] = {};
     this->multiply_k_q(p, stage);  // S^T = K Q^T
     this->weigh(p, buffer);        // (E25)
     if (masked) this->hide(p, q_begin, kv_begin());
     if (call.args.dv.data != nullptr) this->store_pairs(p, this->p_smem());
-    if (wants_ds) {
-      float ds[Base::kAtoms][Base::kQueryTiles][4] = {};
-      this->multiply_v_dout(ds, stage);     // (E27), transposed
-      this->subtract_delta(ds, p, buffer);  // (E29)
-      if (masked) this->hide(ds, q_begin, kv_begin());
-      this->store_pairs(ds, this->ds_smem(buffer));
-    }
-    bool nonfinite = false;
-    if (masked && mask.is_banded()) {
-      __syncthreads();  // everybody has read Q and dO as they are
-      nonfinite = this->clear_nonfinite_queries(stage);
+    if (call.dq_sums == nullptr && call.args.dk.data == nullptr) return;
+    float ds[Base::kAtoms][Base::kQueryTiles][4] = {};
+    this->multiply_v_dout(ds, stage);                 // (E27), transposed
+    this->subtract_delta(ds, p, buffer);              // (E29)
+    if (masked) this->hide(ds, q_begin, kv_begin());  // P is 0 there, but dP may be Inf or NaN
+    this->store_pairs(ds, this->ds_smem(buffer));
+  }
+
+  // dV and dK of one query tile.
+  __device__ __forceinline__ void absorb_pairs(const QueryStep& step, bool masked, int stage,
+                                               int buffer) {
+    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    bool cleared = false;
+    if (masked) {
+      // The barrier tells too that everybody has read Q and dO as they are.
+      if (__syncthreads_or(!this->row_terms_finite(buffer)) != 0) {
+        cleared = this->clear_nonfinite_queries(stage);
+      }
     } else {
       this->wait_for_key_warps();
     }
     if (call.args.dv.data != nullptr) {
       this->multiply_p_dout(stage);  // (E26)
-      if (nonfinite) this->add_nonfinite_dout(at.b, query_head(step.head), q_begin, kv_begin());
+      if (cleared)
+        this->add_nonfinite_dout(place(kBatch), query_head(step.head), q_begin, kv_begin());
     }
     if (call.args.dk.data != nullptr) this->multiply_ds_q(stage, buffer);  // (E31), unscaled
   }
 
   __device__ __forceinline__ void run() {
-    const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
-    const QRange queries = call.args.mask.q_range(kv_begin(), kv_begin() + kConfig.tile_n, s_q);
-    QuerySteps step(queries.begin / kConfig.tile_m, ceil_div(queries.end, kConfig.tile_m),
-                    call.plan.group);
-    if (!step.valid()) return;
-    QuerySteps previous = step;
-    bool dq_open = false;  // whether `previous` waits for its dQ
-    int stage = 0, buffer = 0;
+    QueryStep step = first_step();
+    if (!exists(step)) return;
+    // Half of the warps begin a step with the dQ of the last, half with their scores: while one
+    // half multiplies, the other takes exponentials. Where blocks wait for turns, all begin with
+    // dQ.
+    const bool dq_first = call.turns != nullptr || Base::column_warp() % 2 == 0;
+    bool dq_open = false;  // whether the dQ of the last step is still to be computed
+    int buffer = 0;
     load_keys();
-    load_queries(step, 0);
-    store_row_term(load_row_term(step), 0);
+    load_queries(step, 0, 0);
     if (call.args.mask.is_banded()) this->mark_nonfinite_keys();
-    while (step.valid()) {
+#pragma unroll 1
+    for (; exists(step); step = after(step)) {
+      const int stage = kConfig.stages == 2 ? buffer : 0;
       ptx::cp_async_wait<0>();
       __syncthreads();  // Q, dO and the row terms of this step are there; so is the dS of the last
-      QuerySteps following = step;
-      following.next();
-      float row_term = 0;
-      if (following.valid()) {
-        if constexpr (kConfig.stages == 2) load_queries(following, stage ^ 1);
-        row_term = load_row_term(following);
+      if constexpr (kConfig.stages == 2) {
+        if (exists(after(step))) load_queries(after(step), stage ^ 1, buffer ^ 1);
       }
-      if (dq_open) add_dq(previous, buffer ^ 1);
-      absorb(step, stage, buffer);
-      store_row_term(row_term, buffer ^ 1);
+      const bool masked = needs_mask(step);
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        if ((part == 0) == dq_first) {
+          if (dq_open) add_dq(before(step), buffer ^ 1);
+        } else {
+          compute_pairs(step, masked, stage, buffer);
+        }
+      }
+      absorb_pairs(step, masked, stage, buffer);
       if constexpr (kConfig.stages == 1) {
         __syncthreads();  // Q and dO have been read
-        if (following.valid()) load_queries(following, 0);
-      } else {
-        stage ^= 1;
+        if (exists(after(step))) load_queries(after(step), 0, buffer ^ 1);
       }
       buffer ^= 1;
-      previous = step;
       dq_open = call.dq_sums != nullptr;
-      step = following;
     }
     __syncthreads();
-    if (dq_open) add_dq(previous, buffer ^ 1);
+    if (dq_open) add_dq(before(step), buffer ^ 1);
   }
 
   // dK and dV leave through the buffers of K and V, in 16-byte pieces.
@@ -216,8 +246,9 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     const auto rows = static_cast<int32_t>(call.args.shape.S_kv);
     const auto store_to = [&](const View& view, uint32_t tile, int64_t length) {
       if (view.data == nullptr) return;
-      const RowTarget<Element> target{view.row<Element>(at.b, at.h_kv, 0), view.stride_s, rows,
-                                      static_cast<int32_t>(length), call.aligned};
+      const RowTarget<Element> target{view.row<Element>(place(kBatch), place(kKvHead), 0),
+                                      view.stride_s, rows, static_cast<int32_t>(length),
+                                      call.aligned};
       store_tile<kConfig.head_dim, kConfig.tile_n, kThreads>(tile, target, kv_begin());
     };
     store_to(call.args.dk, this->k_smem(), call.args.shape.D);

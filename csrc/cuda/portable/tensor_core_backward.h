@@ -12,6 +12,7 @@ namespace online_attention::cuda::portable {
 // The parts of the workspace. dq_sums and turns lie side by side and start at zero.
 struct BackwardBuffers {
   float* delta = nullptr;
+  float* lse2 = nullptr;
   float* dq_sums = nullptr;
   int32_t* turns = nullptr;
 };

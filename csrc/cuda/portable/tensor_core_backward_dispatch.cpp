@@ -61,28 +61,29 @@ const BackwardConfig& config_of(const Bucket& bucket, SmemClass size) {
 
 BackwardPlan plan_for(const BackwardArgs& args, const Device& device) {
   const BackwardConfig& config = config_of(bucket_of(args.shape), smem_class(device));
-  return plan_backward(args, config.tile_m, config.tile_n);
+  return plan_backward(args, config.tile_m, config.tile_n, device.multiprocessors);
 }
 
-// delta [B, H, S_q], padded so that what follows is aligned; then the sums of dQ, a tile of the
-// bucket's width for each query tile; then the turns.
+// delta and lse2, [B, H, S_q] each, padded so that what follows is aligned; then the sums of dQ, a
+// tile of the bucket's width for each query tile; then the turns.
 struct Sizes {
-  int64_t delta = 0, dq_sums = 0, turns = 0;
+  int64_t row_terms = 0, dq_sums = 0, turns = 0;
 
   Sizes(const BackwardArgs& args, const BackwardPlan& plan) {
     const Shape& s = args.shape;
-    delta = ceil_div<int64_t>(s.B * s.H * s.S_q * sizeof(float), 256) * 256;
+    row_terms = ceil_div<int64_t>(s.B * s.H * s.S_q * sizeof(float), 256) * 256;
     if (args.dq.data == nullptr) return;
     dq_sums = plan.dq_tiles() * plan.tile_m * bucket_of(s).head_dim * sizeof(float);
     if (args.deterministic) turns = (1 + plan.dq_tiles()) * sizeof(int32_t);
   }
-  int64_t total() const { return delta + dq_sums + turns; }
+  int64_t total() const { return 2 * row_terms + dq_sums + turns; }
   BackwardBuffers in(void* workspace) const {
     auto* bytes = static_cast<unsigned char*>(workspace);
     BackwardBuffers buffers;
     buffers.delta = reinterpret_cast<float*>(bytes);
-    if (dq_sums > 0) buffers.dq_sums = reinterpret_cast<float*>(bytes + delta);
-    if (turns > 0) buffers.turns = reinterpret_cast<int32_t*>(bytes + delta + dq_sums);
+    buffers.lse2 = reinterpret_cast<float*>(bytes + row_terms);
+    if (dq_sums > 0) buffers.dq_sums = reinterpret_cast<float*>(bytes + 2 * row_terms);
+    if (turns > 0) buffers.turns = reinterpret_cast<int32_t*>(bytes + 2 * row_terms + dq_sums);
     return buffers;
   }
 };
@@ -97,7 +98,7 @@ Status tensor_core_backward(const BackwardArgs& args, const Launch& launch) {
   const BackwardPlan plan = plan_for(args, launch.device);
   const Sizes sizes(args, plan);
   const BackwardBuffers buffers = sizes.in(launch.workspace);
-  Status status = backward_delta(args, buffers.delta, launch.stream);
+  Status status = backward_row_terms(args, buffers.delta, buffers.lse2, launch.stream);
   if (status != kOk) return status;
   if (buffers.dq_sums != nullptr) {
     status = fill_zero(buffers.dq_sums, sizes.dq_sums + sizes.turns, launch.stream);

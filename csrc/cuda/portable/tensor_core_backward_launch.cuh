@@ -29,9 +29,13 @@ Status launch_tensor_core_backward(const BackwardArgs& args, const BackwardPlan&
   for (const View* view : {&args.q, &args.k, &args.v, &args.dout, &args.dq, &args.dk, &args.dv}) {
     aligned = aligned && is_aligned_16(*view, sizeof(Element));
   }
-  const BackwardCall call{args,          plan,
-                          buffers.delta, buffers.dq_sums,
-                          buffers.turns, static_cast<float>(args.scale.sign * args.scale.log2),
+  const BackwardCall call{args,
+                          plan,
+                          buffers.delta,
+                          buffers.lse2,
+                          buffers.dq_sums,
+                          buffers.turns,
+                          static_cast<float>(args.scale.sign * args.scale.log2),
                           aligned};
   if (size == SmemClass::large) {
     return launch_backward_class<Element, kHeadDim, SmemClass::large>(call, on);
