@@ -34,16 +34,6 @@ Mask mask_of(const Shape& shape, int64_t alignment, int64_t left, int64_t right)
                       side(right));
 }
 
-template <typename Args>
-void run(const Pass<Args>& pass, const Args& args, Launch launch, const Tensor& q) {
-  std::optional<Tensor> workspace;  // given back to torch's allocator in the order of the stream
-  if (const int64_t bytes = pass.workspace_bytes(args, launch.device); bytes > 0) {
-    workspace = empty_bytes(q, bytes);
-    launch.workspace = workspace->data_ptr();
-  }
-  check_status(pass.run(args, launch));
-}
-
 double checked_scale(std::optional<double> scale, const Shape& shape) {
   const double value = scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.D)));
   if (!std::isfinite(value)) throw std::invalid_argument("scale must be a finite number.");
@@ -82,7 +72,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
                               .mask = mask,
                               .scale = ScoreScale::from(scale, problem.dtype),
                               .batch_invariant = batch_invariant};
-    run(runner.forward, args, site.launch, q);
+    run(runner.forward, args, site, q);
   }
   return {out, lse};
 }
@@ -138,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (s.empty() || s.S_kv == 0) {
       for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
     } else {
-      run(runner.backward, args, site.launch, q);
+      run(runner.backward, args, site, q);
     }
   }
   return {dq, dk, dv};

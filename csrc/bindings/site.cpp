@@ -8,9 +8,6 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "bindings/tensors.h"
-#include "registry.h"
-
 // Only a torch with CUDA defines it: weak, so that this library loads with any torch.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);

@@ -3,15 +3,13 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
-#include "core/launch.h"
+#include "bindings/tensors.h"
+#include "registry.h"
 
 namespace online_attention::bindings {
-
-using torch::stable::Tensor;
 
 // Throws std::runtime_error with the sentence of a status that is not kOk.
 void check_status(Status status);
@@ -23,5 +21,17 @@ struct Site {
   Launch launch;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
 };
+
+// Runs a pass at a site, with the workspace it asks for.
+template <typename Args>
+void run(const Pass<Args>& pass, const Args& args, const Site& site, const Tensor& input) {
+  Launch launch = site.launch;
+  std::optional<Tensor> workspace;  // given back to torch's allocator in the order of the stream
+  if (const int64_t bytes = pass.workspace_bytes(args, launch.device); bytes > 0) {
+    workspace = empty_bytes(input, bytes);
+    launch.workspace = workspace->data_ptr();
+  }
+  check_status(pass.run(args, launch));
+}
 
 }  // namespace online_attention::bindings
