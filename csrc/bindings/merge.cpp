@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators under `merge`. As in ops.cpp, whatever reaches them is checked here once more.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <stdexcept>
@@ -67,18 +66,11 @@ void Parts::check(const Tensor& tensor, const std::string& name, bool with_colum
              sizes);
 }
 
-// Uninitialised [count, B, H, S_q], contiguous.
-Tensor empty_lses(const Tensor& lse, int64_t count) {
-  return torch::stable::new_empty(lse, {count, lse.size(0), lse.size(1), lse.size(2)});
-}
-
 std::tuple<Tensor, Tensor> merge(Tensors outs, Tensors lses) {
   const Parts parts(outs, lses);
   const Site site(outs[0]);
   Tensor out = empty_in_order_of(outs[0], parts.shape.D_v);
-  Tensor lse = empty_lse(
-      outs[0], {.dtype = parts.dtype,
-                .shape = {.B = parts.shape.B, .H = parts.shape.H, .S_q = parts.shape.S_q}});
+  Tensor lse = empty_contiguous(lses[0], {parts.shape.B, parts.shape.H, parts.shape.S_q});
   if (parts.shape.rows() > 0) {
     const MergeArgs args = {.dtype = parts.dtype,
                             .shape = parts.shape,
@@ -104,7 +96,8 @@ std::tuple<Tensor, Tensor> merge_backward(std::optional<Tensor> dout_any,
   const Site site(outs[0]);
 
   Tensor d_outs = needs_d_outs ? empty_stack_of(outs[0], count) : empty_elements(outs[0], 0);
-  Tensor d_lses = needs_d_lses ? empty_lses(lses[0], count) : empty_elements(lses[0], 0);
+  Tensor d_lses = needs_d_lses ? empty_contiguous(lses[0], {count, shape.B, shape.H, shape.S_q})
+                               : empty_elements(lses[0], 0);
   if (shape.rows() > 0 && (needs_d_outs || needs_d_lses)) {
     MergeBackwardArgs args = {
         .dtype = parts.dtype, .shape = shape, .parts = parts.parts.data(), .count = count};

@@ -196,6 +196,17 @@ Tensor empty_lse(const Tensor& q, const Problem& problem) {
   return empty(q, 3, sizes.data(), strides.data(), lse_dtype(problem.dtype));
 }
 
+Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t dense = 1;
+  for (std::size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = dense;
+    dense *= std::max<int64_t>(sizes[dim], 1);
+  }
+  return empty(like, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+               dtype_code(like));
+}
+
 Tensor empty_elements(const Tensor& like, int64_t count) {
   const int64_t stride = 1;
   return empty(like, 1, &count, &stride, dtype_code(like));

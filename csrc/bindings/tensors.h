@@ -46,6 +46,8 @@ Tensor empty_in_order_of(const Tensor& like, int64_t columns);
 Tensor empty_stack_of(const Tensor& like, int64_t count);
 // Uninitialised [B, H, S_q], contiguous, float64 for float64 and float32 otherwise.
 Tensor empty_lse(const Tensor& q, const Problem& problem);
+// Uninitialised, of the dtype of `like`.
+Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes);
 // Uninitialised, one-dimensional, of the dtype of `like`.
 Tensor empty_elements(const Tensor& like, int64_t count);
 Tensor empty_bytes(const Tensor& like, int64_t bytes);

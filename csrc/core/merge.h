@@ -49,15 +49,17 @@ template <typename Real>
 struct MergedRow {
   Real reference = -kInfinity<Real>;  // the largest lse
   SoftmaxRow<Real> softmax;
+  Real inverse_sum = 0;
 
-  // First every lse is shown, then `begin` is called, then every lse is absorbed.
+  // First every lse is shown, then all are absorbed between `begin` and `end`.
   ONLINE_ATTENTION_HD void show(Real lse) { reference = max_of(reference, lse); }
   ONLINE_ATTENTION_HD void begin() { softmax.raise(score(reference)); }
   ONLINE_ATTENTION_HD void absorb(Real lse) { softmax.absorb(1, softmax.weight(score(lse))); }
+  ONLINE_ATTENTION_HD void end() { inverse_sum = softmax.inverse_sum(); }
 
   // w_r. Normalised, so that a sum of w_r out_r overflows no earlier than the out_r do.
   ONLINE_ATTENTION_HD Real weight(Real lse) const {
-    return softmax.weight(score(lse)) * softmax.inverse_sum();
+    return softmax.weight(score(lse)) * inverse_sum;
   }
   ONLINE_ATTENTION_HD Real lse() const { return base() + softmax.lse(); }
 

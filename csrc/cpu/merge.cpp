@@ -58,6 +58,7 @@ MergedRow<RealOf<Element>> weigh(const Args& args, const RowIndex& index,
   for (int64_t r = 0; r < args.count; ++r) row.show(lse(r));
   row.begin();
   for (int64_t r = 0; r < args.count; ++r) row.absorb(lse(r));
+  row.end();
   for (int64_t r = 0; r < args.count; ++r) {
     const bool empty = row.is_empty(lse(r));
     parts[r] = {empty ? nullptr : index.in<const Element>(args.parts[r].out), row.weight(lse(r))};

@@ -16,6 +16,10 @@ namespace online_attention::cuda {
 
 inline constexpr int kMergeThreads = 128;
 
+// Row numbers have 32 bits: divisions of 64 bits are subroutines, around which registers are
+// spilled.
+inline constexpr int64_t kMaxRows = int64_t{1} << 31;
+
 // As many parts travel in a kernel's parameters, which any driver takes up to 4 KB.
 inline constexpr int kMaxPartsHere = 48;
 
@@ -44,28 +48,23 @@ struct alignas(kVector * sizeof(Element)) Chunk {
   }
 };
 
-// The row and the lane of a thread.
+// The row and the lane of a thread. All rows of a call have numbers of 32 bits: divisions of 64
+// bits are subroutines, around which registers would be spilled.
 struct RowLane {
-  int64_t row;
+  uint32_t row;
   int lane, lanes;  // of the row's group
-  int64_t b = 0, h = 0, s = 0;
+  uint32_t b = 0, h = 0, s = 0;
 
   __device__ __forceinline__ explicit RowLane(int lanes_log2)
-      : row((int64_t{blockIdx.x} * kMergeThreads + threadIdx.x) >> lanes_log2),
+      : row((uint64_t{blockIdx.x} * kMergeThreads + threadIdx.x) >> lanes_log2),
         lane(threadIdx.x & ((1 << lanes_log2) - 1)),
         lanes(1 << lanes_log2) {}
 
   // Finds b, h and s of a row that exists.
   __device__ __forceinline__ void locate(const MergeShape& shape) {
-    if (shape.rows() <= UINT32_MAX) {  // a 64-bit division costs several times one of 32 bits
-      const auto row32 = static_cast<uint32_t>(row);
-      const auto S_q = static_cast<uint32_t>(shape.S_q), H = static_cast<uint32_t>(shape.H);
-      const uint32_t head = row32 / S_q;
-      b = head / H, h = head % H, s = row32 % S_q;
-    } else {
-      const int64_t head = row / shape.S_q;
-      b = head / shape.H, h = head % shape.H, s = row % shape.S_q;
-    }
+    const auto S_q = static_cast<uint32_t>(shape.S_q), H = static_cast<uint32_t>(shape.H);
+    const uint32_t head = row / S_q;
+    b = head / H, h = head % H, s = row % S_q;
   }
 
   template <typename T>
@@ -91,12 +90,13 @@ __device__ __forceinline__ MergedRow<Real> weigh(const Parts& parts, int count, 
   for (int r = 0; r < count; ++r) row.show(*at.in<const Real>(parts[r].lse));
   row.begin();
   for (int r = 0; r < count; ++r) row.absorb(*at.in<const Real>(parts[r].lse));
+  row.end();
   return row;
 }
 
 // --- on the host
 
-inline __global__ void store_parts(const __grid_constant__ PartsHere parts, int count,
+static __global__ void store_parts(const __grid_constant__ PartsHere parts, int count,
                                    MergePart* to) {
   if (threadIdx.x < count) to[threadIdx.x] = parts[threadIdx.x];
 }
@@ -125,6 +125,7 @@ bool takes_chunks(const Args& args, std::initializer_list<const View*> others) {
 template <typename Args>
 Status launch_merge(void (*here)(Args, PartsHere, int), void (*in_memory)(Args, PartsInMemory, int),
                     int vector, const Args& args, const Launch& launch_with) {
+  if (args.shape.rows() > kMaxRows) return "merge takes up to 2^31 rows a call: split its batch";
   int lanes_log2 = 0;
   while (lanes_log2 < 5 && int64_t{vector} << lanes_log2 < args.shape.D_v) ++lanes_log2;
   constexpr int kRowsLog2 = 7;  // of a block whose rows take one lane each

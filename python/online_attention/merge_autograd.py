@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from . import _C
@@ -24,13 +25,20 @@ def merge_parts(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor
     """
     outs_stacked, lses_stacked = isinstance(outs, Tensor), isinstance(lses, Tensor)
     tensors = (*((outs,) if outs_stacked else outs), *((lses,) if lses_stacked else lses))
-    if forward_ad._current_level < 0 and not (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    ):
+    # Inside torch.vmap a tensor that requires a gradient says that it does not.
+    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not (transformed or needs_gradient):
         return _merge(*_parts(outs_stacked, lses_stacked, tensors))
-    # Dynamo refuses functions with a forward-mode rule.
-    function = _Merge if torch.compiler.is_compiling() else _MergeWithTangents
-    return function.apply(outs_stacked, lses_stacked, *tensors)
+    if not torch.compiler.is_compiling():
+        return _MergeWithTangents.apply(  # type: ignore[no-untyped-call]
+            outs_stacked, lses_stacked, *tensors
+        )
+    # Dynamo refuses functions with a forward-mode rule, and mistakes the arguments of others where
+    # a transform hides that they require a gradient.
+    if transformed:
+        return composed_merge(*_parts(outs_stacked, lses_stacked, tensors))
+    return _Merge.apply(outs_stacked, lses_stacked, *tensors)  # type: ignore[no-untyped-call]
 
 
 class _Merge(torch.autograd.Function):
@@ -59,8 +67,7 @@ class _Merge(torch.autograd.Function):
         needs_d_outs = dout is not None and any(needed[:n_outs])
         needs_d_lses = (dout is not None or dlse is not None) and any(needed[n_outs:])
         outs, lses = _parts(outs_stacked, lses_stacked, tensors)
-        # The operator's result has no history: composed, it can be differentiated again.
-        gradients = merge_gradients if torch.is_grad_enabled() else _merge_backward
+        gradients = merge_gradients if _must_compose(dout, dlse) else _merge_backward
         d_outs, d_lses = gradients(dout, dlse, outs, lses, needs_d_outs, needs_d_lses)
         return (
             None,
@@ -74,12 +81,13 @@ class _MergeWithTangents(_Merge):
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         """The differential of (E13): with w_r constant in the first sum, that of (E33) in dual."""
-        outs, lses = _parts(*ctx.stacked, ctx.saved_tensors)
-        n_outs = _number_of_outs(*ctx.stacked, tangents)
-        of_outs = _tangents(tangents[:n_outs], ctx.stacked[0], len(outs))
-        of_lses = _tangents(tangents[n_outs:], ctx.stacked[1], len(lses))
+        outs_stacked, lses_stacked = ctx.stacked
+        outs, lses = _parts(outs_stacked, lses_stacked, ctx.saved_tensors)
+        n_outs = _number_of_outs(outs_stacked, lses_stacked, tangents)
+        of_outs = _tangents(tangents[:n_outs], outs_stacked, len(outs))
+        of_lses = _tangents(tangents[n_outs:], lses_stacked, len(lses))
         wide = lses[0].dtype
-        weights, empty = merge_weights(lses), [lse == -torch.inf for lse in lses]
+        weights, empty = merge_weights(lses)[0], [lse == -torch.inf for lse in lses]
         values = [_visible(out.to(wide), at) for out, at in zip(outs, empty, strict=True)]
         out = _weighted_sum(weights, values)
         out_tangent, lse_tangent = torch.zeros_like(out), torch.zeros_like(lses[0])
@@ -95,13 +103,38 @@ class _MergeWithTangents(_Merge):
         return out_tangent.to(outs[0].dtype), lse_tangent
 
 
-def merge_weights(lses: Sequence[Tensor]) -> Tensor:
-    """w_r of (E13), stacked: a softmax over the parts, 0 in a row that is empty in all of them."""
+def _must_compose(*gradients: Tensor | None) -> bool:
+    """Whether a gradient must be composed of operations that torch knows.
+
+    Either it will be differentiated itself, or `torch.autograd.grad(is_grads_batched=True)` maps
+    over it, for which operators cannot have a rule.
+    """
+    return torch.is_grad_enabled() or (
+        not torch.compiler.is_compiling()
+        and any(g is not None and is_legacy_batchedtensor(g) for g in gradients)
+    )
+
+
+def merge_weights(lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(E13) w_r, stacked, and lse. All w_r are 0 in a row that is empty in every part."""
     stacked = torch.stack(tuple(lses))
-    m = stacked.detach().amax(0)  # weights do not depend on it
-    p = (stacked - torch.where(m == -torch.inf, 0, m)).exp()
+    m = stacked.detach().amax(0)  # nothing depends on it
+    base = torch.where(m == -torch.inf, 0, m)
+    p = (stacked - base).exp()
     l = p.sum(0)
-    return p / torch.where(l == 0, 1, l)
+    none = l == 0
+    l = torch.where(none, 1, l)
+    return p / l, torch.where(none, -torch.inf, base + l.log())
+
+
+def composed_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`_merge` composed of differentiable operations."""
+    weights, lse = merge_weights(lses)
+    values = [
+        _visible(out.to(lse.dtype), part == -torch.inf)
+        for out, part in zip(outs, lses, strict=True)
+    ]
+    return _weighted_sum(weights, values).to(outs[0].dtype), lse
 
 
 def merge_gradients(
@@ -117,7 +150,7 @@ def merge_gradients(
     What an empty part multiplies is replaced by 0 before, so that derivatives are 0, not NaN.
     """
     wide = lses[0].dtype
-    weights, empty = merge_weights(lses), [lse == -torch.inf for lse in lses]
+    weights, empty = merge_weights(lses)[0], [lse == -torch.inf for lse in lses]
     d_outs = d_lses = None
     if dout is None:
         douts = [torch.zeros((), dtype=wide, device=lses[0].device)] * len(outs)
