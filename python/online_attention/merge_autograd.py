@@ -116,15 +116,16 @@ def _must_compose(*gradients: Tensor | None) -> bool:
 
 
 def merge_weights(lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(E13) w_r, stacked, and lse. All w_r are 0 in a row that is empty in every part."""
+    """(E13) w_r, stacked, and lse. An empty part has w_r = 0."""
     stacked = torch.stack(tuple(lses))
     m = stacked.detach().amax(0)  # nothing depends on it
     base = torch.where(m == -torch.inf, 0, m)
-    p = (stacked - base).exp()
+    empty = stacked == -torch.inf
+    p = torch.where(empty, 0, torch.where(empty, 0, stacked - base).exp())
     l = p.sum(0)
     none = l == 0
     l = torch.where(none, 1, l)
-    return p / l, torch.where(none, -torch.inf, base + l.log())
+    return torch.where(empty, 0, p / l), torch.where(none, -torch.inf, base + l.log())
 
 
 def composed_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -147,32 +148,25 @@ def merge_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`_merge_backward` composed of differentiable operations, None for what is not needed.
 
+    d_outs may be needed only if dout is given.
     What an empty part multiplies is replaced by 0 before, so that derivatives are 0, not NaN.
     """
     wide = lses[0].dtype
     weights, empty = merge_weights(lses)[0], [lse == -torch.inf for lse in lses]
+    douts = [] if dout is None else [_visible(dout.to(wide), at) for at in empty]
     d_outs = d_lses = None
-    if dout is None:
-        douts = [torch.zeros((), dtype=wide, device=lses[0].device)] * len(outs)
-    else:
-        douts = [_visible(dout.to(wide), at) for at in empty]
     if needs_d_outs:  # (E32)
         d_outs = torch.stack([w.unsqueeze(-1) * d for w, d in zip(weights, douts, strict=True)])
         d_outs = d_outs.to(outs[0].dtype)
     if needs_d_lses:  # (E33), with <dout, out> as the weighted sum of the <dout, out_r>
         dots = [torch.zeros_like(lse) for lse in lses]
         if dout is not None:
-            dots = [
-                (d * _visible(out.to(wide), at)).sum(-1)
-                for d, out, at in zip(douts, outs, empty, strict=True)
-            ]
+            values = [_visible(out.to(wide), at) for out, at in zip(outs, empty, strict=True)]
+            dots = [(d * value).sum(-1) for d, value in zip(douts, values, strict=True)]
         whole = sum(w * dot for w, dot in zip(weights, dots, strict=True))
-        d_lses = torch.stack(
-            [
-                torch.where(at, 0, w * ((0 if dlse is None else dlse) + dot - whole))
-                for w, dot, at in zip(weights, dots, empty, strict=True)
-            ]
-        )
+        inner = [(dot if dlse is None else dlse + dot) - whole for dot in dots]
+        inner = [torch.where(at, 0, x) for x, at in zip(inner, empty, strict=True)]
+        d_lses = torch.stack([w * x for w, x in zip(weights, inner, strict=True)])
     return d_outs, d_lses
 
 
@@ -181,8 +175,10 @@ def _visible(values: Tensor, empty: Tensor) -> Tensor:
 
 
 def _weighted_sum(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
-    terms = [w.unsqueeze(-1) * value for w, value in zip(weights, values, strict=True)]
-    return torch.stack(terms).sum(0)
+    total = weights[0].unsqueeze(-1) * values[0]
+    for w, value in zip(weights[1:], values[1:], strict=True):
+        total = total + w.unsqueeze(-1) * value
+    return total
 
 
 def _number_of_outs(outs_stacked: bool, lses_stacked: bool, tensors: Sequence[Any]) -> int:
