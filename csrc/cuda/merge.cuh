@@ -48,8 +48,7 @@ struct alignas(kVector * sizeof(Element)) Chunk {
   }
 };
 
-// The row and the lane of a thread. All rows of a call have numbers of 32 bits: divisions of 64
-// bits are subroutines, around which registers would be spilled.
+// The row and the lane of a thread.
 struct RowLane {
   uint32_t row;
   int lane, lanes;  // of the row's group

@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kMergeThreads)
     const Real w = row.weight(lse);
     const bool empty = row.is_empty(lse);
     const bool visible = args.dout.data != nullptr && !empty;
-    // The weight of an empty part is NaN beside a NaN; its gradient is 0 all the same.
+    // Beside a NaN the weight of an empty part is NaN too; its gradient is 0 all the same.
     const Real dot =
-        out_gradient<Element, Real, kVector>(args, at, parts[r], r, visible, empty ? Real(0) : w);
+        out_gradient<Element, Real, kVector>(args, at, parts[r], r, visible, visible ? w : Real(0));
     if (args.d_lses == nullptr) continue;
     const Real inner = at.sum(dot);  // <dout, out_r>
     if (!empty) whole += w * inner;
