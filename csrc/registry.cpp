@@ -6,10 +6,12 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/merge.h"
 
 // The only place of the project where a build with CUDA kernels differs from one without.
 #if ONLINE_ATTENTION_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/merge.h"
 #include "cuda/portable/backward.h"
 #include "cuda/portable/forward.h"
 #endif
@@ -68,6 +70,17 @@ constexpr Runner kRunners[] = {
      .backward = {cpu::backward_workspace_bytes, cpu::backward}},
 };
 
+constexpr MergePasses kCpuMerge = {
+    .forward = {no_workspace<MergeArgs>, cpu::merge},
+    .backward = {no_workspace<MergeBackwardArgs>, cpu::merge_backward}};
+#if ONLINE_ATTENTION_WITH_CUDA
+constexpr MergePasses kCudaMerge = {
+    .forward = {cuda::merge_workspace_bytes, cuda::merge},
+    .backward = {cuda::merge_workspace_bytes, cuda::merge_backward}};
+#else
+constexpr MergePasses kCudaMerge = {};  // no CUDA device is ever described, so none asks
+#endif
+
 std::string capability(int arch) {
   return std::to_string(arch / 10) + "." + std::to_string(arch % 10);
 }
@@ -116,6 +129,10 @@ bool DTypeSet::contains(DType dtype) const {
 }
 
 RunnerTable runners() { return {kRunners, std::size(kRunners)}; }
+
+const MergePasses& merge_passes(DeviceKind device) {
+  return device == DeviceKind::cuda ? kCudaMerge : kCpuMerge;
+}
 
 bool built_with_cuda() { return ONLINE_ATTENTION_WITH_CUDA; }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/launch.h"
+#include "core/merge.h"
 #include "core/problem.h"
 
 namespace online_attention {
@@ -42,6 +43,13 @@ struct RunnerTable {
 };
 
 RunnerTable runners();
+
+// Merging and its gradients, of any dtype and sizes, on the devices of one kind.
+struct MergePasses {
+  Pass<MergeArgs> forward;
+  Pass<MergeBackwardArgs> backward;
+};
+const MergePasses& merge_passes(DeviceKind device);
 
 // Whether this build holds CUDA kernels at all.
 bool built_with_cuda();

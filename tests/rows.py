@@ -34,6 +34,10 @@ class Target:
         return f"{self.row}-{str(self.dtype).removeprefix('torch.')}"
 
     @property
+    def lse_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
     def head_dim(self) -> int:
         """One that the row takes; odd where that is possible, to leave tiles half full."""
         return 40 if 40 in self.head_dims else self.head_dims[0] + 3

@@ -55,11 +55,15 @@ SHIMS = {
     "aoti_torch_layout_strided",
     "aoti_torch_library_def",
     "aoti_torch_library_init_def",
+    "aoti_torch_library_init_fragment",
     "aoti_torch_library_init_impl",
     "aoti_torch_memory_format_contiguous_format",
     "aoti_torch_new_tensor_handle",
     "torch_call_dispatcher",
+    "torch_delete_list",
     "torch_library_impl",
+    "torch_list_get_item",
+    "torch_list_size",
     "torch_parallel_for",
 }
 # Functions of Python's limited API, version 3.10.
@@ -80,6 +84,8 @@ PYTHON = {
 LOCAL_MEMORY_ALLOWED: dict[str, str] = {
     "simt_forward_kernelIdLi64ELi32E": "fp64 fills registers twice as fast; not tuned",
     "combine_kernelIddE": "exp2 of fp64 is a library function with a stack of its own",
+    "merge_kernelIdd": "as combine_kernel",
+    "merge_backward_kernelIdd": "as combine_kernel",
 }
 
 

@@ -1,57 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators of torch's namespace `online_attention`. Whatever reaches them, also past the
 // Python functions, is checked here once more: a wrong call raises ValueError and never crashes.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "bindings/site.h"
 #include "bindings/tensors.h"
 #include "registry.h"
 
-// Only a torch with CUDA defines it: weak, so that this library loads with any torch.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-
 namespace online_attention::bindings {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-void check_status(Status status) {
-  if (status != kOk) throw std::runtime_error(status);
-}
-
-void parallel_for(int64_t size, int64_t grain, ParallelBody body, void* context) {
-  check_torch(torch_parallel_for(0, size, grain, body, context), "torch's parallel_for");
-}
-
-const Device& cuda_device(int32_t index) {
-  static std::mutex mutex;
-  static std::map<int32_t, Device> seen;  // never erased: references stay valid
-  const std::lock_guard lock(mutex);
-  const auto found = seen.find(index);
-  if (found != seen.end()) return found->second;
-  Device device;
-  check_status(describe_cuda_device(index, device));
-  return seen.emplace(index, device).first->second;
-}
-
-void* current_cuda_stream(int32_t device_index) {
-  void* stream = nullptr;
-  check_torch(aoti_torch_get_current_cuda_stream == nullptr
-                  ? 1
-                  : aoti_torch_get_current_cuda_stream(device_index, &stream),
-              "asking torch for the current CUDA stream");
-  return stream;
-}
 
 Mask mask_of(const Shape& shape, int64_t alignment, int64_t left, int64_t right) {
   if (alignment != 0 && alignment != 1) {
@@ -70,39 +34,17 @@ Mask mask_of(const Shape& shape, int64_t alignment, int64_t left, int64_t right)
                       side(right));
 }
 
-template <typename Args>
-void run(const Pass<Args>& pass, const Args& args, Launch launch, const Tensor& q) {
-  std::optional<Tensor> workspace;  // given back to torch's allocator in the order of the stream
-  if (const int64_t bytes = pass.workspace_bytes(args, launch.device); bytes > 0) {
-    workspace = empty_bytes(q, bytes);
-    launch.workspace = workspace->data_ptr();
-  }
-  check_status(pass.run(args, launch));
-}
-
 double checked_scale(std::optional<double> scale, const Shape& shape) {
   const double value = scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.D)));
   if (!std::isfinite(value)) throw std::invalid_argument("scale must be a finite number.");
   return value;
 }
 
-// Where a call runs, with that device current while this lives.
-struct Site {
-  explicit Site(const Tensor& q) {
-    if (!q.is_cuda()) return;
-    const int32_t index = q.get_device_index();
-    launch = {.device = cuda_device(index), .stream = current_cuda_stream(index)};
-    guard.emplace(index);
-  }
-  const Runner& runner(const Problem& problem) const {
-    const Runner* found = find(problem.dtype, problem.shape, launch.device);
-    if (found != nullptr) return *found;
-    throw std::invalid_argument(explain(problem.dtype, problem.shape, launch.device));
-  }
-
-  Launch launch = {.parallel_for = parallel_for};
-  std::optional<DeviceGuard> guard;
-};
+const Runner& runner_of(const Problem& problem, const Device& device) {
+  const Runner* found = find(problem.dtype, problem.shape, device);
+  if (found != nullptr) return *found;
+  throw std::invalid_argument(explain(problem.dtype, problem.shape, device));
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                    std::optional<double> scale_or_default, int64_t alignment,
@@ -112,7 +54,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
   const double scale = checked_scale(scale_or_default, problem.shape);
   const Mask mask = mask_of(problem.shape, alignment, window_left, window_right);
   const Site site(q_any);
-  const Runner& runner = site.runner(problem);
+  const Runner& runner = runner_of(problem, site.launch.device);
 
   const Tensor q = with_contiguous_rows(q_any);
   const Tensor k = with_contiguous_rows(k_any);
@@ -130,7 +72,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
                               .mask = mask,
                               .scale = ScoreScale::from(scale, problem.dtype),
                               .batch_invariant = batch_invariant};
-    run(runner.forward, args, site.launch, q);
+    run(runner.forward, args, site, q);
   }
   return {out, lse};
 }
@@ -158,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   check_same(lse_any, "lse", q_any, lse_dtype(problem.dtype), rows);
   if (dlse_any) check_same(*dlse_any, "dlse", q_any, lse_dtype(problem.dtype), rows);
   const Site site(q_any);
-  const Runner& runner = site.runner(problem);
+  const Runner& runner = runner_of(problem, site.launch.device);
 
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any),
                v = with_contiguous_rows(v_any), out = with_contiguous_rows(out_any),
@@ -186,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (s.empty() || s.S_kv == 0) {
       for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
     } else {
-      run(runner.backward, args, site.launch, q);
+      run(runner.backward, args, site, q);
     }
   }
   return {dq, dk, dv};

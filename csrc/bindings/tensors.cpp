@@ -13,15 +13,6 @@ namespace {
 
 [[noreturn]] void reject(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
-DType dtype_of(const Tensor& q) {
-  const int32_t code = dtype_code(q);
-  if (code == aoti_torch_dtype_float16()) return DType::f16;
-  if (code == aoti_torch_dtype_bfloat16()) return DType::bf16;
-  if (code == aoti_torch_dtype_float32()) return DType::f32;
-  if (code == aoti_torch_dtype_float64()) return DType::f64;
-  reject("q must be float16, bfloat16, float32 or float64: convert the inputs with .to().");
-}
-
 std::string shape_text(const Tensor& tensor) {
   std::string text = "(";
   for (int64_t d = 0; d < tensor.dim(); ++d) {
@@ -71,6 +62,22 @@ Tensor empty(const Tensor& like, int64_t rank, const int64_t* sizes, const int64
   return Tensor(handle);
 }
 
+// Of a dense tensor of these sizes whose first three dimensions are in the memory order of `like`.
+std::array<int64_t, 4> dense_strides(const Tensor& like, const std::array<int64_t, 4>& sizes) {
+  std::array<int, 3> order = {0, 1, 2};
+  // A broadcast tensor (stride 0) has no memory order to keep.
+  if (like.stride(0) != 0 && like.stride(1) != 0 && like.stride(2) != 0) {
+    std::ranges::stable_sort(order, [&](int a, int b) { return like.stride(a) > like.stride(b); });
+  }
+  std::array<int64_t, 4> strides = {0, 0, 0, 1};
+  int64_t dense = std::max<int64_t>(sizes[3], 1);
+  for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
+    strides[*dim] = dense;
+    dense *= std::max<int64_t>(sizes[*dim], 1);
+  }
+  return strides;
+}
+
 }  // namespace
 
 void check_torch(AOTITorchError code, const char* what) {
@@ -81,7 +88,7 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_rank(q, "q", "(B, H, S_q, D)");
   check_rank(k, "k", "(B, H_kv, S_kv, D)");
   check_rank(v, "v", "(B, H_kv, S_kv, D_v)");
-  const Problem problem = {.dtype = dtype_of(q),
+  const Problem problem = {.dtype = dtype_of(q, "q"),
                            .shape = {.B = q.size(0),
                                      .H = q.size(1),
                                      .H_kv = k.size(1),
@@ -121,6 +128,16 @@ int32_t dtype_code(const Tensor& tensor) {
   return code;
 }
 
+DType dtype_of(const Tensor& tensor, const char* name) {
+  const int32_t code = dtype_code(tensor);
+  if (code == aoti_torch_dtype_float16()) return DType::f16;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  if (code == aoti_torch_dtype_float32()) return DType::f32;
+  if (code == aoti_torch_dtype_float64()) return DType::f64;
+  reject(std::string(name) +
+         " must be float16, bfloat16, float32 or float64: convert the inputs with .to().");
+}
+
 int32_t lse_dtype(DType dtype) {
   return dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
@@ -156,19 +173,19 @@ View view_of(const Tensor& tensor) {
 }
 
 Tensor empty_in_order_of(const Tensor& like, int64_t columns) {
-  std::array<int, 3> order = {0, 1, 2};
-  // A broadcast tensor (stride 0) has no memory order to keep.
-  if (like.stride(0) != 0 && like.stride(1) != 0 && like.stride(2) != 0) {
-    std::ranges::stable_sort(order, [&](int a, int b) { return like.stride(a) > like.stride(b); });
-  }
   const std::array<int64_t, 4> sizes = {like.size(0), like.size(1), like.size(2), columns};
-  std::array<int64_t, 4> strides = {0, 0, 0, 1};
-  int64_t dense = std::max<int64_t>(columns, 1);
-  for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
-    strides[*dim] = dense;
-    dense *= std::max<int64_t>(sizes[*dim], 1);
-  }
+  const std::array<int64_t, 4> strides = dense_strides(like, sizes);
   return empty(like, 4, sizes.data(), strides.data(), dtype_code(like));
+}
+
+Tensor empty_stack_of(const Tensor& like, int64_t count) {
+  const std::array<int64_t, 4> one = {like.size(0), like.size(1), like.size(2), like.size(3)};
+  const std::array<int64_t, 4> strides = dense_strides(like, one);
+  int64_t stack = 1;
+  for (const int64_t size : one) stack *= std::max<int64_t>(size, 1);
+  const int64_t all_sizes[] = {count, one[0], one[1], one[2], one[3]};
+  const int64_t all_strides[] = {stack, strides[0], strides[1], strides[2], strides[3]};
+  return empty(like, 5, all_sizes, all_strides, dtype_code(like));
 }
 
 Tensor empty_lse(const Tensor& q, const Problem& problem) {
@@ -177,6 +194,17 @@ Tensor empty_lse(const Tensor& q, const Problem& problem) {
   const int64_t row = std::max<int64_t>(s.S_q, 1);
   const std::array<int64_t, 3> strides = {row * std::max<int64_t>(s.H, 1), row, 1};
   return empty(q, 3, sizes.data(), strides.data(), lse_dtype(problem.dtype));
+}
+
+Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t dense = 1;
+  for (std::size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = dense;
+    dense *= std::max<int64_t>(sizes[dim], 1);
+  }
+  return empty(like, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+               dtype_code(like));
 }
 
 Tensor empty_elements(const Tensor& like, int64_t count) {

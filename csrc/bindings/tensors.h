@@ -30,18 +30,24 @@ void check_same(const Tensor& tensor, const char* name, const Tensor& like, int3
 // `tensor` itself if its last dimension is contiguous, else a copy.
 Tensor with_contiguous_rows(const Tensor& tensor);
 
-// torch's code of a tensor's dtype, and that of the lse of inputs of `dtype`.
+// torch's code of a tensor's dtype, and that of the lse of inputs of `dtype`. dtype_of throws for a
+// dtype that is not among ours.
 int32_t dtype_code(const Tensor& tensor);
+DType dtype_of(const Tensor& tensor, const char* name);
 int32_t lse_dtype(DType dtype);
 
-// Of a rank-4 tensor whose last dimension is contiguous.
+// Of the first three dimensions of a tensor; a fourth must be contiguous.
 View view_of(const Tensor& tensor);
 
 // Uninitialised [like.size(0), like.size(1), like.size(2), columns], dense, of the dtype of `like`,
 // its first three dimensions in the memory order of `like`.
 Tensor empty_in_order_of(const Tensor& like, int64_t columns);
+// Uninitialised [count, *like.shape], one after the other, each as empty_in_order_of makes it.
+Tensor empty_stack_of(const Tensor& like, int64_t count);
 // Uninitialised [B, H, S_q], contiguous, float64 for float64 and float32 otherwise.
 Tensor empty_lse(const Tensor& q, const Problem& problem);
+// Uninitialised, of the dtype of `like`.
+Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes);
 // Uninitialised, one-dimensional, of the dtype of `like`.
 Tensor empty_elements(const Tensor& like, int64_t count);
 Tensor empty_bytes(const Tensor& like, int64_t bytes);

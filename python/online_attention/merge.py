@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .checks import DEVICES
+from .merge_autograd import merge_parts
 
-def merge(
-    outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor
-) -> tuple[Tensor, Tensor]:
+Parts = Sequence[Tensor] | Tensor
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def merge(outs: Parts, lses: Parts) -> tuple[Tensor, Tensor]:
     """Merge attentions of the same queries over disjoint sets of keys into one.
 
     The parts may come from tiles of a sequence, from other devices, or from a cached prefix; the
@@ -28,6 +34,11 @@ def merge(
         with ``lse = -inf`` saw no key: it contributes nothing, and its gradients are 0. A row that
         is empty in every part has ``out = 0`` and ``lse = -inf``.
 
+    Parts are read in place, whatever their strides, if their last dimension is contiguous; ``out``
+    keeps the memory order of the first. Sums are taken in the dtype of ``lse``, in the order of the
+    parts, and rounded once: results and gradients are the same from run to run. Autocast does not
+    change it. Inputs must be on one device; dtypes may differ and are promoted as torch does.
+
     Example:
         >>> import torch
         >>> from online_attention import attention, merge
@@ -39,34 +50,60 @@ def merge(
         >>> torch.allclose(out, attention(q, k, v), atol=1e-6)
         True
     """
-    stacked_outs, stacked_lses = _stacked(outs, "outs"), _stacked(lses, "lses")
-    if stacked_outs.shape[:-1] != stacked_lses.shape:
+    shape = _check_parts(outs, "outs")
+    rows = _check_parts(lses, "lses")
+    if shape[:-1] != rows or _count(outs) != _count(lses):
         raise ValueError(
             "outs must have the shape of lses with D_v added, but the parts have shapes "
-            f"{tuple(stacked_outs.shape[1:])} and {tuple(stacked_lses.shape[1:])}, of which there "
-            f"are {stacked_outs.shape[0]} and {stacked_lses.shape[0]}."
+            f"{tuple(shape)} and {tuple(rows)}, of which there are {_count(outs)} and "
+            f"{_count(lses)}."
         )
-    double = torch.float64 in (stacked_outs.dtype, stacked_lses.dtype)
-    dtype = torch.float64 if double else torch.float32
-    lse_parts, out_parts = stacked_lses.to(dtype), stacked_outs.to(dtype)
-
-    # The algebra of csrc/core/softmax_row.h: every part is a row state (m, l) = (lse, 1). Nothing
-    # depends on the reference point m, so no gradient flows through it.
-    empty = lse_parts == -torch.inf
-    m = lse_parts.detach().amax(0)
-    base = torch.where(m == -torch.inf, 0, m)
-    weights = (lse_parts - base).exp()
-    l = weights.sum(0)
-    none = l == 0
-    l = torch.where(none, 1, l)
-    lse = torch.where(none, -torch.inf, base + l.log())
-    out_parts = torch.where(empty.unsqueeze(-1), 0, out_parts)
-    out = ((weights / l).unsqueeze(-1) * out_parts).sum(0)
-    return out.to(stacked_outs.dtype), lse
+    _check_devices(outs, lses)
+    out_dtype, lse_dtype = _dtype(outs), _dtype(lses)
+    wide = torch.float64 if torch.float64 in (out_dtype, lse_dtype) else torch.float32
+    computed = out_dtype if wide == torch.float32 and out_dtype in HALVES else wide
+    out, lse = merge_parts(
+        _prepared(outs, computed, (*_rows(rows), shape[-1])), _prepared(lses, wide, _rows(rows))
+    )
+    if len(rows) != 3:
+        out, lse = out.reshape(shape), lse.reshape(rows)
+    return (out if computed == out_dtype else out.to(out_dtype)), lse
 
 
-def _stacked(parts: Sequence[Tensor] | Tensor, name: str) -> Tensor:
-    if not isinstance(parts, Tensor):
+def _count(parts: Parts) -> int:
+    return parts.shape[0] if isinstance(parts, Tensor) else len(parts)
+
+
+def _rows(rows: Sequence[int]) -> tuple[int, ...]:
+    """The leading dimensions as (B, H, S_q)."""
+    if len(rows) <= 3:
+        return (*(1,) * (3 - len(rows)), *rows)
+    return (math.prod(rows[:-2]), *rows[-2:])
+
+
+def _prepared(parts: Parts, dtype: torch.dtype, shape: Sequence[int]) -> Parts:
+    """The parts in this dtype and shape, as they are if they have it: a copy only where needed."""
+    if isinstance(parts, Tensor):
+        parts = parts if parts.dtype == dtype else parts.to(dtype)
+        return parts if parts.dim() == 1 + len(shape) else parts.reshape(parts.shape[0], *shape)
+    if parts[0].dim() != len(shape):
+        parts = [part.reshape(shape) for part in parts]
+    return [part if part.dtype == dtype else part.to(dtype) for part in parts]
+
+
+def _dtype(parts: Parts) -> torch.dtype:
+    if isinstance(parts, Tensor):
+        return parts.dtype
+    return functools.reduce(torch.promote_types, (part.dtype for part in parts))
+
+
+def _check_parts(parts: Parts, name: str) -> torch.Size:
+    """Check a sequence of parts or stacked ones, and return the shape of one."""
+    if isinstance(parts, Tensor):
+        if parts.dim() == 0 or parts.shape[0] == 0:
+            raise ValueError(f"{name} must hold at least one part, but is empty.")
+        shape, dtypes = parts.shape[1:], [parts.dtype]
+    else:
         for index, part in enumerate(parts):
             if not isinstance(part, Tensor):
                 raise TypeError(
@@ -79,9 +116,24 @@ def _stacked(parts: Sequence[Tensor] | Tensor, name: str) -> Tensor:
                 )
         if len(parts) == 0:
             raise ValueError(f"{name} must hold at least one part, but is empty.")
-        parts = torch.stack(tuple(parts))
-    if parts.dim() == 0 or parts.shape[0] == 0:
-        raise ValueError(f"{name} must hold at least one part, but is empty.")
-    if not parts.is_floating_point():
-        raise TypeError(f"{name} must be floating point, but is {parts.dtype}: convert it.")
-    return parts
+        shape, dtypes = parts[0].shape, [part.dtype for part in parts]
+    for dtype in dtypes:
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, but is {dtype}: convert it.")
+    return shape
+
+
+def _check_devices(outs: Parts, lses: Parts) -> None:
+    first = outs if isinstance(outs, Tensor) else outs[0]
+    if first.device.type not in DEVICES:
+        raise ValueError(
+            f"outs must be on a device of type {' or '.join(sorted(DEVICES))}, but is on "
+            f"{first.device}."
+        )
+    for parts, name in ((outs, "outs"), (lses, "lses")):
+        for index, part in enumerate([parts] if isinstance(parts, Tensor) else parts):
+            if part.device != first.device:
+                raise ValueError(
+                    f"outs and lses must be on one device, but outs[0] is on {first.device} and "
+                    f"{name}[{index}] is on {part.device}: move it."
+                )
