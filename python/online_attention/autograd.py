@@ -1,68 +1,40 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The derivatives of attention as torch's autograd sees them."""
+"""The derivatives of attention, as torch's autograd and torch.func ask for them.
+
+Reverse mode runs the operator `backward`. What differentiates once more, and forward mode, runs
+composed in torch operations (`second_order`). A third derivative is refused.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import operators
+from .operators import folded, unfolded
+from .second_order import Settings, Tangent, second_order, tangents
 
-Gradients = tuple[Tensor | None, ...]
-
-
-class _Attention(Function):
-    """Attention in eager mode and in compiled graphs: reverse mode."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | None,
-        alignment: int,
-        left: int,
-        right: int,
-        deterministic: bool | None,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = operators.forward(
-            q, k, v, scale, alignment, left, right, deterministic is True
-        )
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = scale, alignment, left, right
-        ctx.deterministic = deterministic
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = out.new_zeros(out.shape[3]).expand(out.shape)
-        deterministic = ctx.deterministic
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        needs = ctx.needs_input_grad[:3]
-        dq, dk, dv = operators.backward(
-            dout, dlse, q, k, v, out, lse, *ctx.settings, deterministic, *needs
-        )
-        return (
-            dq if needs[0] else None,
-            dk if needs[1] else None,
-            dv if needs[2] else None,
-            *(None,) * 5,
-        )
+Optional = Tensor | None
 
 
 def is_active(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether some derivative of the result may be asked for."""
+    """Whether a derivative of the result may be asked for."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return True
-    return forward_ad._current_level >= 0
+    return _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether forward mode or a transform of torch.func is on.
+
+    Which of its levels a tensor belongs to is seen by Functions alone, not by `requires_grad`.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def attention(
@@ -75,10 +47,255 @@ def attention(
     right: int,
     deterministic: bool | None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator `forward`, differentiable."""
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError("forward mode is not built yet.")
-    result: tuple[Tensor, Tensor] = _Attention.apply(
+    """The operator `forward`, differentiable; `deterministic` None follows torch's mode."""
+    function: Any = _TransformedAttention if _is_transformed() else _Attention
+    result: tuple[Tensor, Tensor] = function.apply(
         q, k, v, scale, alignment, left, right, deterministic
     )
     return result
+
+
+def _apply(function: Any, *arguments: Any) -> Any:
+    """`Function.apply`, which has no types."""
+    return function.apply(*arguments)
+
+
+def _first_order(
+    dout: Optional,
+    dlse: Optional,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    settings: Settings,
+    deterministic: bool | None,
+    needs: tuple[bool, ...],
+) -> tuple[Optional, ...]:
+    """dq, dk and dv, each if it is needed; differentiable where that may be asked for."""
+    if (dout is None and dlse is None) or not any(needs):
+        return None, None, None
+    if dout is None:
+        dout = out.new_zeros(out.shape[3:]).expand(out.shape)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    arguments = (dout, dlse, q, k, v, out, lse, *settings, deterministic, *needs)
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_transformed()):
+        result: tuple[Optional, ...] = _apply(_Backward, *arguments)
+        return result
+    return _asked(operators.backward(*arguments), needs)
+
+
+def _asked(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Optional, ...]:
+    dq, dk, dv = gradients
+    return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None
+
+
+class _Attention(Function):
+    """Attention in reverse mode: the route of training, eager and compiled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        alignment: int,
+        left: int,
+        right: int,
+        deterministic: bool | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = operators.forward(q, k, v, scale, alignment, left, right, deterministic is True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = scale, alignment, left, right
+        ctx.deterministic = deterministic
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        dq, dk, dv = _first_order(
+            dout, dlse, q, k, v, out, lse, ctx.settings, ctx.deterministic, needs
+        )
+        return dq, dk, dv, None, None, None, None, None
+
+
+def _mapped(
+    function: type[Function], info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+) -> tuple[tuple[Optional, ...], tuple[int | None, ...]]:
+    """The rule of torch.vmap: the mapped dimension becomes a part of the batch."""
+    operands = (
+        folded(x, dim, info.batch_size) if isinstance(x, Tensor) else x
+        for x, dim in zip(arguments, in_dims, strict=True)
+    )
+    results = _apply(function, *operands)
+    return (
+        tuple(None if x is None else unfolded(x, info.batch_size) for x in results),
+        tuple(None if x is None else 0 for x in results),
+    )
+
+
+class _TransformedAttention(Function):
+    """Attention under torch.func and in forward mode.
+
+    Apart from `_Attention`, because a `setup_context` costs host time in every call, and Dynamo
+    takes no Function with a `jvp`.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *operands, deterministic = arguments
+        result: tuple[Tensor, Tensor] = operators.forward(*operands, deterministic is True)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *settings, deterministic = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.save_for_forward(q, k, v, *output)
+        ctx.settings = tuple(settings)
+        ctx.deterministic = deterministic
+        ctx.set_materialize_grads(False)
+
+    backward = _Attention.backward
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, out, lse = ctx.saved_tensors
+        result: tuple[Tensor, Tensor] = _apply(
+            _Tangents, q, k, v, out, lse, *moved[:3], *ctx.settings, ctx.deterministic
+        )
+        return result
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _mapped(_TransformedAttention, info, in_dims, arguments)
+
+
+class _Backward(Function):
+    """The gradients of attention where they are differentiated themselves.
+
+    `out` and `lse` count as functions of q, k and v: all derivatives flow through these.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Optional, ...]:
+        return _asked(operators.backward(*arguments), arguments[-3:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Optional, ...]) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.save_for_forward(*inputs[:7])
+        ctx.settings = inputs[7:11]
+        ctx.others = inputs[11:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
+        if all(x is None for x in cotangents):
+            return (None,) * 15
+        dout, dlse, q, k, v, _, _ = ctx.saved_tensors
+        gq, gk, gv, gdout, gdlse = _apply(
+            _SecondOrder, dout, dlse, q, k, v, *cotangents, *ctx.settings
+        )
+        return gdout, None if dlse is None else gdlse, gq, gk, gv, *(None,) * 10
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Any) -> tuple[Optional, ...]:
+        dout, dlse, q, k, v, out, lse = ctx.saved_tensors
+        needs = ctx.others[1:]
+        # The Hessian is symmetric: forward mode over the gradient is reverse mode over it.
+        parts: list[tuple[Optional, ...]] = []
+        if any(x is not None for x in moved[2:5]):
+            parts.append(_apply(_SecondOrder, dout, dlse, q, k, v, *moved[2:5], *ctx.settings))
+        moved_dout, moved_dlse = moved[:2]
+        if moved_dout is not None or moved_dlse is not None:
+            more = ctx.settings, ctx.others[0], needs
+            parts.append(_first_order(moved_dout, moved_dlse, q, k, v, out, lse, *more))
+        if not parts:
+            return None, None, None
+        sums = (torch.stack(x).sum(0) if len(x) > 1 else x[0] for x in list(zip(*parts))[:3])
+        return tuple(x if needed else None for x, needed in zip(sums, needs, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _mapped(_Backward, info, in_dims, arguments)
+
+
+class _Tangents(Function):
+    """Forward mode: (q, k, v, out, lse, tangents of q, k and v, ...) to tangents of out and lse."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, _, _, *moved = arguments[:8]
+        return tangents(q, k, v, Tangent(*moved), Settings(*arguments[8:12]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:8])
+        ctx.settings = inputs[8:12]
+        ctx.deterministic = inputs[12]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
+        """<dout, out'> + <dlse, lse'> is what reverse mode differentiates: (E37)-(E39) again."""
+        if dout is None and dlse is None:
+            return (None,) * 13
+        q, k, v, out, lse, *moved = ctx.saved_tensors
+        if dout is None:
+            dout = out.new_zeros(out.shape[3:]).expand(out.shape)
+        gq, gk, gv, _, _ = _apply(_SecondOrder, dout, dlse, q, k, v, *moved, *ctx.settings)
+        asked = tuple(ctx.needs_input_grad[5:8])
+        of_moved = _first_order(
+            dout, dlse, q, k, v, out, lse, ctx.settings, ctx.deterministic, asked
+        )
+        return gq, gk, gv, None, None, *of_moved, *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Any) -> NoReturn:
+        raise NotImplementedError(
+            "forward mode over forward mode is not built for attention: use reverse mode for one "
+            "of the two derivatives, as torch.func.hessian does."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _mapped(_Tangents, info, in_dims, arguments)
+
+
+class _SecondOrder(Function):
+    """The gradients of (E37)-(E39), which end here."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        dout, dlse, q, k, v = arguments[:5]
+        tangent, settings = Tangent(*arguments[5:8]), Settings(*arguments[8:])
+        return second_order(dout, dlse, q, k, v, tangent, settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Optional) -> NoReturn:
+        refuse_third()
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Any) -> NoReturn:
+        refuse_third()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _mapped(_SecondOrder, info, in_dims, arguments)
+
+
+def refuse_third() -> NoReturn:
+    """Say where derivatives end."""
+    raise NotImplementedError(
+        "the third derivative of attention is not built: out and lse can be differentiated twice "
+        "with respect to q, k and v."
+    )

@@ -69,7 +69,7 @@ def folded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 def unfolded(tensor: Tensor, size: int) -> Tensor:
     """A result of folded tensors, its mapped dimension first again."""
-    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+    return tensor.view(size, tensor.shape[0] // size, *tensor.shape[1:])
 
 
 @torch.library.register_vmap("online_attention::forward")
