@@ -48,10 +48,12 @@ def attention(
     deterministic: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """The operator `forward`, differentiable; `deterministic` None follows torch's mode."""
-    function: Any = _TransformedAttention if _is_transformed() else _Attention
-    result: tuple[Tensor, Tensor] = function.apply(
-        q, k, v, scale, alignment, left, right, deterministic
-    )
+    apply: Any = _apply_eagerly
+    if torch.compiler.is_compiling():
+        apply = _Attention.apply
+    elif _is_transformed():
+        apply = _TransformedAttention.apply
+    result: tuple[Tensor, Tensor] = apply(q, k, v, scale, alignment, left, right, deterministic)
     return result
 
 
@@ -84,6 +86,12 @@ def _first_order(
         result: tuple[Optional, ...] = _apply(_Backward, *arguments)
         return result
     return _asked(operators.backward(*arguments), needs)
+
+
+def _sum(a: Optional, b: Optional) -> Optional:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 
 def _asked(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Optional, ...]:
@@ -121,6 +129,11 @@ class _Attention(Function):
             dout, dlse, q, k, v, out, lse, ctx.settings, ctx.deterministic, needs
         )
         return dq, dk, dv, None, None, None, None, None
+
+
+# What `Function.apply` calls where no transform is on. The rest of it, Python code for tensors of
+# torch.func, would be a fifth of the host time of a call.
+_apply_eagerly: Any = super(Function, _Attention).apply
 
 
 def _mapped(
@@ -206,19 +219,16 @@ class _Backward(Function):
     @staticmethod
     def jvp(ctx: Any, *moved: Any) -> tuple[Optional, ...]:
         dout, dlse, q, k, v, out, lse = ctx.saved_tensors
-        needs = ctx.others[1:]
         # The Hessian is symmetric: forward mode over the gradient is reverse mode over it.
-        parts: list[tuple[Optional, ...]] = []
+        second: tuple[Optional, ...] = (None, None, None)
         if any(x is not None for x in moved[2:5]):
-            parts.append(_apply(_SecondOrder, dout, dlse, q, k, v, *moved[2:5], *ctx.settings))
-        moved_dout, moved_dlse = moved[:2]
-        if moved_dout is not None or moved_dlse is not None:
-            more = ctx.settings, ctx.others[0], needs
-            parts.append(_first_order(moved_dout, moved_dlse, q, k, v, out, lse, *more))
-        if not parts:
-            return None, None, None
-        sums = (torch.stack(x).sum(0) if len(x) > 1 else x[0] for x in list(zip(*parts))[:3])
-        return tuple(x if needed else None for x, needed in zip(sums, needs, strict=True))
+            second = _apply(_SecondOrder, dout, dlse, q, k, v, *moved[2:5], *ctx.settings)
+        deterministic, *needs = ctx.others
+        first = _first_order(
+            moved[0], moved[1], q, k, v, out, lse, ctx.settings, deterministic, tuple(needs)
+        )
+        pairs = zip(second[:3], first, needs, strict=True)
+        return tuple(_sum(a, b) if needed else None for a, b, needed in pairs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
