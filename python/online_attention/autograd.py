@@ -24,17 +24,16 @@ def is_active(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a derivative of the result may be asked for."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return True
-    return _is_transformed()
+    return forward_ad._current_level >= 0 or _transforms_are_on()
 
 
-def _is_transformed() -> bool:
-    """Whether forward mode or a transform of torch.func is on.
+@torch.compiler.assume_constant_result
+def _transforms_are_on() -> bool:
+    """Whether a transform of torch.func is on.
 
     Which of its levels a tensor belongs to is seen by Functions alone, not by `requires_grad`.
     """
-    if forward_ad._current_level >= 0:
-        return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 def attention(
@@ -49,14 +48,20 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """The operator `forward`, differentiable; `deterministic` None follows torch's mode."""
     apply: Any = _apply_eagerly
-    if torch.compiler.is_compiling():
+    if forward_ad._current_level >= 0 or _transforms_are_on():
+        apply = _apply_transformed
+    elif torch.compiler.is_compiling():
         apply = _Attention.apply
-    elif _is_transformed():
-        apply = _TransformedAttention.apply
     result: tuple[Tensor, Tensor] = apply(q, k, v, scale, alignment, left, right, deterministic)
     return result
 
 
+def _apply_transformed(*arguments: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _apply(_TransformedAttention, *arguments)
+    return result
+
+
+@torch.compiler.disable  # Dynamo would lose the levels of the tensors
 def _apply(function: Any, *arguments: Any) -> Any:
     """`Function.apply`, which has no types."""
     return function.apply(*arguments)
@@ -82,7 +87,7 @@ def _first_order(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, dlse, q, k, v, out, lse, *settings, deterministic, *needs)
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_transformed()):
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_are_on():
         result: tuple[Optional, ...] = _apply(_Backward, *arguments)
         return result
     return _asked(operators.backward(*arguments), needs)
@@ -136,6 +141,7 @@ class _Attention(Function):
 _apply_eagerly: Any = super(Function, _Attention).apply
 
 
+@torch.compiler.disable
 def _mapped(
     function: type[Function], info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Optional, ...], tuple[int | None, ...]]:
