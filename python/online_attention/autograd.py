@@ -84,6 +84,8 @@ def _first_order(
         return None, None, None
     if dout is None:
         dout = out.new_zeros(out.shape[3:]).expand(out.shape)
+    elif dout.layout is not torch.strided:
+        dout = dout.to_dense()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, dlse, q, k, v, out, lse, *settings, deterministic, *needs)
