@@ -47,17 +47,20 @@ def attention(
     deterministic: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """The operator `forward`, differentiable; `deterministic` None follows torch's mode."""
-    apply: Any = _apply_eagerly
+    arguments = (q, k, v, scale, alignment, left, right, deterministic)
+    result: tuple[Tensor, Tensor]
     if forward_ad._current_level >= 0 or _transforms_are_on():
-        apply = _apply_transformed
+        if torch.compiler.is_compiling():
+            # Without fullgraph=True torch.compile runs the call eagerly instead.
+            raise NotImplementedError(
+                "torch.compile cannot trace attention inside torch.func or forward mode: compile "
+                "without fullgraph=True."
+            )
+        result = _apply(_TransformedAttention, *arguments)
     elif torch.compiler.is_compiling():
-        apply = _Attention.apply
-    result: tuple[Tensor, Tensor] = apply(q, k, v, scale, alignment, left, right, deterministic)
-    return result
-
-
-def _apply_transformed(*arguments: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _apply(_TransformedAttention, *arguments)
+        result = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        result = _apply_eagerly(*arguments)
     return result
 
 
@@ -84,8 +87,6 @@ def _first_order(
         return None, None, None
     if dout is None:
         dout = out.new_zeros(out.shape[3:]).expand(out.shape)
-    elif dout.layout is not torch.strided:
-        dout = dout.to_dense()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, dlse, q, k, v, out, lse, *settings, deterministic, *needs)
@@ -181,7 +182,10 @@ class _TransformedAttention(Function):
         ctx.deterministic = deterministic
         ctx.set_materialize_grads(False)
 
-    backward = _Attention.backward
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
+        return _Attention.backward(ctx, dout, dlse)
 
     @staticmethod
     def jvp(ctx: Any, *moved: Any) -> tuple[Tensor, Tensor]:
@@ -215,6 +219,7 @@ class _Backward(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
         if all(x is None for x in cotangents):
             return (None,) * 15
@@ -259,6 +264,7 @@ class _Tangents(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
         """<dout, out'> + <dlse, lse'> is what reverse mode differentiates: (E37)-(E39) again."""
         if dout is None and dlse is None:
@@ -299,6 +305,7 @@ class _SecondOrder(Function):
         pass
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *cotangents: Optional) -> NoReturn:
         refuse_third()
 
