@@ -124,9 +124,10 @@ def test_cuda_agrees_with_the_cpu(target: Target):
     on_cpu = differentiate(
         Inputs(*(x.cpu() for x in inputs)), Cotangents(*(x.cpu() for x in cotangents)), CAUSAL
     )
-    eps = torch.finfo(target.dtype).eps
+    tolerance = (8 if inputs.q.element_size() < 4 else 64) * torch.finfo(target.dtype).eps
     for x, y in zip(differentiate(inputs, cotangents, CAUSAL), on_cpu, strict=True):
-        torch.testing.assert_close(x.cpu(), y, rtol=8 * eps, atol=8 * eps * float(y.abs().max()))
+        atol = tolerance * float(y.abs().max())
+        torch.testing.assert_close(x.cpu(), y, rtol=tolerance, atol=atol)
 
 
 # --- what is asked for

@@ -159,6 +159,20 @@ def test_blocks_change_nothing(
     torch.testing.assert_close(seconds(attend, inputs, case.mask, case.scale), due)
 
 
+@pytest.mark.cuda
+@pytest.mark.targets(device="cuda", dtypes=(torch.float16, torch.float32))
+def test_memory_is_linear_in_the_lengths(target: Target):
+    """All scores of this problem would take 4 GiB, in one of several tensors of that size."""
+    inputs = Case("long", 16384, 16384, H=4).inputs(target.dtype, target.device, target.head_dim)
+    leaves = [x.requires_grad_() for x in inputs]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    first = torch.autograd.grad(attention(*leaves).sum(), leaves, create_graph=True)
+    torch.autograd.grad(sum(x.sum() for x in first), leaves)
+    torch.func.jvp(lambda q: attention(q, *inputs[1:]), (inputs.q,), (inputs.q,))
+    assert torch.cuda.max_memory_allocated() - before < 1 << 31
+
+
 # --- hidden values, empty rows, sizes of 0
 
 

@@ -119,6 +119,7 @@ def test_explain_of_a_refused_call_is_its_error(inputs, keywords, text: str):
 
 def test_explain_says_what_the_gradients_take():
     text = explain(Q.clone().requires_grad_(), Q, Q)
+    assert text.startswith("cpu.tiled runs this problem. ")
     assert "The gradients run in one operator; a second derivative, and forward mode," in text
 
 

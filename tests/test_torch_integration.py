@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,3 +220,9 @@ def test_operator_never_drops_a_gradient_in_silence():
     q, k, v = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(3))
     with pytest.warns(UserWarning, match="autograd kernel was not registered"):
         forward(q, k, v, 0.5, 1, -1, -1, False)[0].sum().backward()
+
+
+def test_import_does_not_load_the_compiler():
+    """Dynamo would take seconds of every program that computes without it."""
+    script = "import sys, online_attention; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

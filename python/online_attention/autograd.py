@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler's imports Dynamo at once
 from torch.autograd import Function, forward_ad
 
 from . import operators
@@ -27,13 +28,16 @@ def is_active(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return forward_ad._current_level >= 0 or _transforms_are_on()
 
 
-@torch.compiler.assume_constant_result
 def _transforms_are_on() -> bool:
     """Whether a transform of torch.func is on.
 
     Which of its levels a tensor belongs to is seen by Functions alone, not by `requires_grad`.
     """
     return torch._C._are_functorch_transforms_active()
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo: seconds.
+_transforms_are_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(
@@ -64,7 +68,7 @@ def attention(
     return result
 
 
-@torch.compiler.disable  # Dynamo would lose the levels of the tensors
+@_disable_dynamo  # Dynamo would lose the levels of the tensors
 def _apply(function: Any, *arguments: Any) -> Any:
     """`Function.apply`, which has no types."""
     return function.apply(*arguments)
@@ -144,7 +148,7 @@ class _Attention(Function):
 _apply_eagerly: Any = super(Function, _Attention).apply
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def _mapped(
     function: type[Function], info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Optional, ...], tuple[int | None, ...]]:
@@ -183,7 +187,7 @@ class _TransformedAttention(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.compiler.disable
+    @_disable_dynamo
     def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
         return _Attention.backward(ctx, dout, dlse)
 
@@ -219,7 +223,7 @@ class _Backward(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.compiler.disable
+    @_disable_dynamo
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
         if all(x is None for x in cotangents):
             return (None,) * 15
@@ -264,7 +268,7 @@ class _Tangents(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.compiler.disable
+    @_disable_dynamo
     def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
         """<dout, out'> + <dlse, lse'> is what reverse mode differentiates: (E37)-(E39) again."""
         if dout is None and dlse is None:
@@ -305,7 +309,7 @@ class _SecondOrder(Function):
         pass
 
     @staticmethod
-    @torch.compiler.disable
+    @_disable_dynamo
     def backward(ctx: Any, *cotangents: Optional) -> NoReturn:
         refuse_third()
 

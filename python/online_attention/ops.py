@@ -104,9 +104,9 @@ def attention(
         alibi_slopes: Not built yet.
         sinks: Not built yet.
         dropout_p: Not built yet.
-        deterministic: Whether no result may depend on the batch it is computed in. None follows
-            ``torch.are_deterministic_algorithms_enabled()``. Results are the same from run to run
-            in any case.
+        deterministic: Whether no result may depend on the batch it is computed in, and gradients
+            must be the same from run to run (results are in any case). None follows
+            ``torch.are_deterministic_algorithms_enabled()``, which backward asks once more.
 
     Returns:
         ``out``, ``(B, H, S_q, D_v)`` in the dtype and the memory order of ``q``; with
@@ -116,8 +116,18 @@ def attention(
 
     Inputs are read in place, whatever their strides, if their last dimension is contiguous, and are
     copied once otherwise. The work is ``O(S_q * S_kv)``, the memory beside inputs and outputs is
-    bounded, whatever ``S_kv`` is. Gradients are not built yet. :func:`supported` lists what runs
-    where.
+    bounded, whatever ``S_kv`` is. :func:`supported` lists what runs where.
+
+    Both results are differentiable with respect to ``q``, ``k`` and ``v``; gradients have the dtype
+    and the memory order of their inputs, are computed only for inputs that ask, and are 0 for rows
+    that see no key. Second derivatives, forward mode and the transforms of ``torch.func`` work too,
+    with bounded memory. A third derivative, and forward mode over forward mode, raise
+    ``NotImplementedError``. Section 8 of docs/algorithm.md derives all of them.
+
+    Raises:
+        TypeError: An argument has a wrong type, dtype or layout.
+        ValueError: Shapes or devices do not fit together, or a size or the scale is out of range.
+        NotImplementedError: A keyword or a device that is not built.
 
     Example:
         >>> import torch
@@ -127,6 +137,9 @@ def attention(
         >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
+        >>> dq, = torch.autograd.grad(attention(q.requires_grad_(), k, v).sum(), q)
+        >>> dq.shape
+        torch.Size([2, 8, 100, 64])
     """
     if not (
         (causal is True or causal is False)

@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 
-from . import _C, checks, ops
+from . import _C, autograd, checks, ops
+from .second_order import BLOCK_BYTES
 
 _ANY_ARCH = 2**31 - 1
+_GRADIENTS = (
+    "The gradients run in one operator; a second derivative, and forward mode, run composed in "
+    "torch operations over blocks of query rows, with memory for a few blocks of "
+    f"{BLOCK_BYTES >> 20} MiB of scores beside inputs and results."
+)
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,10 @@ def supported() -> SupportTable:
 
 
 def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
-    """Say in a sentence what ``attention(q, k, v, **keywords)`` would run, or why it would not.
+    """Say what ``attention(q, k, v, **keywords)`` would run, or why it would not.
 
-    Nothing is computed, and nothing is raised for a call that is not supported.
+    If a gradient may be asked for, one more sentence says what that takes. Nothing is computed, and
+    nothing is raised for a call that is not supported.
 
     Example:
         >>> import torch, online_attention
@@ -115,4 +122,5 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
     B, H, S_q, D = q.shape
     H_kv, S_kv, D_v = k.shape[1], k.shape[2], v.shape[3]
     dtype = str(q.dtype).removeprefix("torch.")
-    return _C.explain(q.device.type, arch, dtype, B, H, H_kv, S_q, S_kv, D, D_v)
+    text = _C.explain(q.device.type, arch, dtype, B, H, H_kv, S_q, S_kv, D, D_v)
+    return f"{text} {_GRADIENTS}" if autograd.is_active(q, k, v) else text
