@@ -318,6 +318,18 @@ def test_export_of_a_model_with_parameters(target: Target):
     torch.testing.assert_close(program.module()(x), block(x))
 
 
+@pytest.mark.targets(**FP32)
+def test_export_of_mapped_attention(target: Target):
+    class Mapped(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return vmap(lambda sample: Block.forward(self, sample[None])[0])(x)
+
+    block = Mapped(target)
+    x = batch_for(block, target, B=3)
+    program = torch.export.export(block, (x,))
+    torch.testing.assert_close(program.module()(x), block(x))
+
+
 # --- CUDA graphs
 
 

@@ -54,18 +54,28 @@ def attention(
     arguments = (q, k, v, scale, alignment, left, right, deterministic)
     result: tuple[Tensor, Tensor]
     if forward_ad._current_level >= 0 or _transforms_are_on():
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             # Without fullgraph=True torch.compile runs the call eagerly instead.
             raise NotImplementedError(
                 "torch.compile cannot trace attention inside torch.func or forward mode: compile "
                 "without fullgraph=True."
             )
-        result = _apply(_TransformedAttention, *arguments)
-    elif torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and _is_only_mapped():
+            # An exported graph holds operators, which have a rule of their own.
+            result = operators.forward(*arguments[:-1], deterministic is True)
+        else:
+            result = _apply(_TransformedAttention, *arguments)
+    elif torch.compiler.is_dynamo_compiling():
         result = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         result = _apply_eagerly(*arguments)
     return result
+
+
+def _is_only_mapped() -> bool:
+    vmap = torch._C._functorch.TransformType.Vmap
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return forward_ad._current_level < 0 and all(level.key() == vmap for level in levels)
 
 
 @_disable_dynamo  # Dynamo would lose the levels of the tensors
