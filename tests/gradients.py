@@ -152,7 +152,7 @@ def weight_error(inputs: Inputs, scale: float | None) -> float:
         return 1.0
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     largest = abs(default_scale(q, scale)) * float((grouped @ k.mT).abs().max())
-    return 1 + 2 * largest + math.log(k.shape[2])
+    return 2 * (1 + largest + math.log(k.shape[2]))
 
 
 def assert_right(

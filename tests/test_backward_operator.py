@@ -17,6 +17,7 @@ from test_strides import LAYOUTS
 from test_torch_integration import OPCHECK
 from tolerance import assert_bitwise_equal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 backward = torch.ops.online_attention.backward.default
 forward = torch.ops.online_attention.forward.default
 FP32 = {"dtypes": (torch.float32,)}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,17 +19,9 @@ from online_attention import attention, second_order
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, FULL, Mask
 from rows import Target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FP64 = {"dtypes": (torch.float64,)}
 MASKS = [FULL, CAUSAL, CAUSAL_TOP_LEFT, Mask(left=2, right=1), Mask("top_left", left=0, right=0)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny products: waking threads would cost more than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def finite(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

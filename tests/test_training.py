@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import online_attention
 from rows import Target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = (
     b"the quick brown fox jumps over the lazy dog while the slow green turtle sleeps under the "
     b"old tree and dreams of the quick brown fox that jumps over it again and again. "

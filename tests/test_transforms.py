@@ -19,6 +19,7 @@ from oracle import CAUSAL
 from rows import Target
 from tolerance import assert_bitwise_equal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FP32 = {"dtypes": (torch.float32,)}
 FP64 = {"dtypes": (torch.float64,)}
 ALL = (0, 1, 2)
