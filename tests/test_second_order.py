@@ -140,7 +140,7 @@ def test_blocks_change_nothing(
     """Rows and batch elements in parts are what keeps memory linear."""
     inputs = case.inputs(target.dtype, target.device, target.head_dim)
     due = seconds(attend, inputs, case.mask, case.scale)
-    monkeypatch.setattr(second_order, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setitem(second_order.BLOCK_BYTES, target.device, block_bytes)
     parts = list(second_order.blocks(inputs.q, inputs.k, second_order.Settings(None, 1, -1, -1)))
     assert len(parts) > 1
     covered = torch.zeros(inputs.q.shape[0], inputs.q.shape[2])

@@ -77,6 +77,23 @@ def test_wrong_cotangents_of_autograd_are_refused_by_torch():
         torch.autograd.grad(out, q, torch.ones(1, 2, 3, 4, dtype=torch.complex64))
 
 
+@pytest.mark.parametrize("transform", ["autograd", "torch.func"])
+def test_refusals_are_the_same_where_gradients_are_asked_for(transform: str):
+    q = torch.ones(1, 2, 3, 4)
+    for k, error, text in (
+        (None, TypeError, r"k must be a torch\.Tensor, but is None"),
+        (q[..., :3], ValueError, "k must have D = 4 as q, but"),
+        (q.double(), TypeError, "k must have the dtype of q, float32, but is float64"),
+    ):
+
+        def number(x: Tensor, k=k) -> Tensor:
+            return attention(x, k, q).sum()
+
+        call = grad(number) if transform == "torch.func" else number
+        with pytest.raises(error, match=text):
+            call(q.clone().requires_grad_())
+
+
 def test_graph_may_be_kept_and_run_twice(target: Target):
     leaves = [x.requires_grad_() for x in inputs_of(target)]
     number = loss(*leaves)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .operators import TOP_LEFT, UNBOUNDED, lse_dtype
 
-# Scores of a block. A handful of tensors of this size live at once.
-BLOCK_BYTES = 1 << 26
+# Scores of a block: few enough for the caches of a CPU, enough to fill a GPU. A handful of tensors
+# of this size live at once.
+BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 class Settings(NamedTuple):
@@ -112,11 +113,12 @@ class Block:
 
 
 def blocks(q: Tensor, k: Tensor, settings: Settings) -> Iterator[Block]:
-    """The whole problem in parts whose scores fit in BLOCK_BYTES, one row of one head at least."""
+    """The whole problem in parts whose scores fit in BLOCK_BYTES, one row of all heads at least."""
     B, H, S_q, _ = q.shape
     bytes_of_row = max(1, H * k.shape[2]) * lse_dtype(q.dtype).itemsize
-    batch = min(max(BLOCK_BYTES // bytes_of_row, 1), max(B, 1))
-    rows = max(BLOCK_BYTES // (bytes_of_row * batch), 1)
+    block_bytes = BLOCK_BYTES[q.device.type]
+    batch = min(max(block_bytes // bytes_of_row, 1), max(B, 1))
+    rows = max(block_bytes // (bytes_of_row * batch), 1)
     for b in range(0, B, batch):
         for begin in range(0, S_q if H else 0, rows):
             parts = slice(b, min(b + batch, B)), slice(begin, min(begin + rows, S_q))

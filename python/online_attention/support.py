@@ -13,11 +13,6 @@ from . import _C, autograd, checks, ops
 from .second_order import BLOCK_BYTES
 
 _ANY_ARCH = 2**31 - 1
-_GRADIENTS = (
-    "The gradients run in one operator; a second derivative, and forward mode, run composed in "
-    "torch operations over blocks of query rows, with memory for a few blocks of "
-    f"{BLOCK_BYTES >> 20} MiB of scores beside inputs and results."
-)
 
 
 @dataclass(frozen=True)
@@ -123,4 +118,10 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
     H_kv, S_kv, D_v = k.shape[1], k.shape[2], v.shape[3]
     dtype = str(q.dtype).removeprefix("torch.")
     text = _C.explain(q.device.type, arch, dtype, B, H, H_kv, S_q, S_kv, D, D_v)
-    return f"{text} {_GRADIENTS}" if autograd.is_active(q, k, v) else text
+    if not autograd.is_active(q, k, v):
+        return text
+    return (
+        f"{text} The gradients run in one operator; a second derivative, and forward mode, run "
+        "composed in torch operations over blocks of query rows, with memory for a few blocks of "
+        f"{BLOCK_BYTES[q.device.type] >> 20} MiB of scores beside inputs and results."
+    )
