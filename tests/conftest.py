@@ -86,6 +86,17 @@ def deterministic_mode() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny products, where waking threads would cost more than the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def whitebox() -> ModuleType:
     """The headers of csrc/core, compiled from tests/whitebox."""

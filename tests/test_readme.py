@@ -38,6 +38,13 @@ def test_example_runs():
     torch.testing.assert_close(names["lse"], lse)
 
 
+def test_every_example_runs():
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(examples) > 1
+    for example in examples:
+        exec(example, {})
+
+
 @pytest.mark.parametrize("extra", ["test", "bench"])
 def test_commands_are_there(extra: str):
     assert f"pip install '.[{extra}]' && " in README.read_text()

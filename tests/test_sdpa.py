@@ -190,9 +190,3 @@ def test_refusals(inputs, keywords, error: type[Exception], text: str):
     with pytest.raises(error, match=text):
         scaled_dot_product_attention(*inputs, **keywords)
     assert scaled_dot_product_attention(X, X, X).shape == X.shape
-
-
-def test_gradient_is_refused():
-    x = torch.randn(1, 2, 5, 8, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="requires a gradient, which is not built yet"):
-        scaled_dot_product_attention(x, x, x)

@@ -117,9 +117,10 @@ def test_explain_of_a_refused_call_is_its_error(inputs, keywords, text: str):
     assert explain(*inputs, **keywords).startswith(text)
 
 
-def test_explain_of_a_gradient_is_its_refusal():
-    x = Q.clone().requires_grad_()
-    assert "requires a gradient, which is not built yet" in explain(x, x, x)
+def test_explain_says_what_the_gradients_take():
+    text = explain(Q.clone().requires_grad_(), Q, Q)
+    assert text.startswith("cpu.tiled runs this problem. ")
+    assert "The gradients run in one operator; a second derivative, and forward mode," in text
 
 
 def test_explain_computes_nothing():

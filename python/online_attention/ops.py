@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`attention` and what torch needs to know of the operator under it."""
+"""`attention`: the keywords checked, the inputs converted, the right route taken."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import _C, checks
-
-# Loading _C registers the operators, after `import torch` has loaded the libraries it links.
-assert _C is not None
-_forward = torch.ops.online_attention.forward.default
-
-TOP_LEFT, BOTTOM_RIGHT = 0, 1
-UNBOUNDED = -1
+from . import autograd, checks, operators
+from .operators import BOTTOM_RIGHT, UNBOUNDED
 
 
 @overload
@@ -110,9 +104,9 @@ def attention(
         alibi_slopes: Not built yet.
         sinks: Not built yet.
         dropout_p: Not built yet.
-        deterministic: Whether no result may depend on the batch it is computed in. None follows
-            ``torch.are_deterministic_algorithms_enabled()``. Results are the same from run to run
-            in any case.
+        deterministic: Whether no result may depend on the batch it is computed in, and gradients
+            must be the same from run to run (results are in any case). None follows
+            ``torch.are_deterministic_algorithms_enabled()``, which backward asks once more.
 
     Returns:
         ``out``, ``(B, H, S_q, D_v)`` in the dtype and the memory order of ``q``; with
@@ -122,8 +116,18 @@ def attention(
 
     Inputs are read in place, whatever their strides, if their last dimension is contiguous, and are
     copied once otherwise. The work is ``O(S_q * S_kv)``, the memory beside inputs and outputs is
-    bounded, whatever ``S_kv`` is. Gradients are not built yet. :func:`supported` lists what runs
-    where.
+    bounded, whatever ``S_kv`` is. :func:`supported` lists what runs where.
+
+    Both results are differentiable with respect to ``q``, ``k`` and ``v``; gradients have the dtype
+    and the memory order of their inputs, are computed only for inputs that ask, and are 0 for rows
+    that see no key. Second derivatives, forward mode and the transforms of ``torch.func`` work too,
+    with bounded memory. A third derivative, and forward mode over forward mode, raise
+    ``NotImplementedError``. Section 8 of docs/algorithm.md derives all of them.
+
+    Raises:
+        TypeError: An argument has a wrong type, dtype or layout.
+        ValueError: Shapes or devices do not fit together, or a size or the scale is out of range.
+        NotImplementedError: A keyword or a device that is not built.
 
     Example:
         >>> import torch
@@ -133,6 +137,9 @@ def attention(
         >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
+        >>> dq, = torch.autograd.grad(attention(q.requires_grad_(), k, v).sum(), q)
+        >>> dq.shape
+        torch.Size([2, 8, 100, 64])
     """
     if not (
         (causal is True or causal is False)
@@ -180,14 +187,15 @@ def forward(
     try:
         if any_autocast_enabled():
             q, k, v = autocast(q, k, v)
-        if checks.needs_gradient(q, k, v):
-            checks.refuse_gradient()
         if not (scale is None or type(scale) is float):
             scale = checks.check_scale(scale)
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        result: tuple[Tensor, Tensor] = _forward(
-            q, k, v, scale, alignment, UNBOUNDED, 0 if causal else UNBOUNDED, deterministic
+        if deterministic is None and torch.are_deterministic_algorithms_enabled():
+            deterministic = True
+        right = 0 if causal else UNBOUNDED
+        if autograd.is_active(q, k, v):
+            return autograd.attention(q, k, v, scale, alignment, UNBOUNDED, right, deterministic)
+        result: tuple[Tensor, Tensor] = operators.forward(
+            q, k, v, scale, alignment, UNBOUNDED, right, deterministic is True
         )
     except Exception:
         fault = checks.fault_of_call(names, q, k, v, scale)
@@ -214,43 +222,3 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         else t
         for t in tensors
     )
-
-
-def _memory_order(q: Tensor) -> list[int]:
-    """Dimensions B, H and S_q of the output from the slowest to the fastest, as in the query."""
-    strides = q.stride()[:3]
-    order = [0, 1, 2]
-    if 0 not in strides:  # a broadcast query has no memory order to keep
-        order.sort(key=lambda dim: strides[dim], reverse=True)
-    return order
-
-
-@torch.library.register_fake("online_attention::forward")
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    checks.check_tensors(checks.NAMES, q, k, v)
-    checks.check_shapes(checks.NAMES, q, k, v)
-    B, H, S_q, _ = q.shape
-    sizes = (B, H, S_q, v.shape[3])
-    order = [*_memory_order(q), 3]
-    out = q.new_empty([sizes[dim] for dim in order])
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty((B, H, S_q), dtype=lse_dtype)
-    return out.permute([order.index(dim) for dim in range(4)]), lse
-
-
-@torch.library.register_vmap("online_attention::forward")
-def _forward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, *settings: Any
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """Makes the mapped dimension a part of the batch."""
-
-    def folded(tensor: Tensor, dim: int | None) -> Tensor:
-        if dim is None:
-            return tensor.expand(info.batch_size, *tensor.shape).flatten(0, 1)
-        return tensor.movedim(dim, 0).flatten(0, 1)
-
-    B = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
-    q, k, v = (folded(t, dim) for t, dim in zip((q, k, v), in_dims, strict=False))
-    out, lse = _forward(q, k, v, *settings)
-    sizes = (info.batch_size, B)
-    return (out.unflatten(0, sizes), lse.unflatten(0, sizes)), (0, 0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .ops import TOP_LEFT, forward
+from .operators import TOP_LEFT
+from .ops import forward
 
 NAMES = ("query", "key", "value")
 
@@ -39,7 +40,13 @@ def scaled_dot_product_attention(
             dimensions before them, must be equal or broadcast.
 
     Returns:
-        ``(..., H, S_q, D_v)`` in the dtype of ``query``. A row that sees no key is 0.
+        ``(..., H, S_q, D_v)`` in the dtype of ``query``, differentiable as the result of
+        :func:`attention` is. A row that sees no key is 0, and so are its gradients.
+
+    Raises:
+        TypeError: An argument has a wrong type, dtype or layout.
+        ValueError: Shapes or devices do not fit together, or the scale is not finite.
+        NotImplementedError: A keyword or a device that is not built.
 
     Example:
         >>> import torch

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from . import _C, checks, ops
+from . import _C, autograd, checks, ops
+from .second_order import BLOCK_BYTES
 
 _ANY_ARCH = 2**31 - 1
 
@@ -86,9 +87,10 @@ def supported() -> SupportTable:
 
 
 def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
-    """Say in a sentence what ``attention(q, k, v, **keywords)`` would run, or why it would not.
+    """Say what ``attention(q, k, v, **keywords)`` would run, or why it would not.
 
-    Nothing is computed, and nothing is raised for a call that is not supported.
+    If a gradient may be asked for, one more sentence says what that takes. Nothing is computed, and
+    nothing is raised for a call that is not supported.
 
     Example:
         >>> import torch, online_attention
@@ -106,8 +108,6 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
         if all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)):
             q, k, v = ops.autocast(q, k, v)
         checks.check_call(checks.NAMES, q, k, v, scale)
-        if checks.needs_gradient(q, k, v):
-            checks.refuse_gradient()
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"Nothing runs this call: {error}"
     arch = 0
@@ -117,4 +117,11 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
     B, H, S_q, D = q.shape
     H_kv, S_kv, D_v = k.shape[1], k.shape[2], v.shape[3]
     dtype = str(q.dtype).removeprefix("torch.")
-    return _C.explain(q.device.type, arch, dtype, B, H, H_kv, S_q, S_kv, D, D_v)
+    text = _C.explain(q.device.type, arch, dtype, B, H, H_kv, S_q, S_kv, D, D_v)
+    if not autograd.is_active(q, k, v):
+        return text
+    return (
+        f"{text} The gradients run in one operator; a second derivative, and forward mode, run "
+        "composed in torch operations over blocks of query rows, with memory for a few blocks of "
+        f"{BLOCK_BYTES[q.device.type] >> 20} MiB of scores beside inputs and results."
+    )
