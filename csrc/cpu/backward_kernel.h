@@ -198,12 +198,11 @@ class TileBackward {
       pack_in_rows<Operand>(memory_.q + block.row_begin * q_stride(), q_stride(), tile_.D, kRows,
                             q);
     } else {
-      pack_transposed<Operand, kRows>(memory_.q + block.row_begin * memory_.D_steps, tile_.D,
-                                      block.rows, q);
+      pack_chunks<Operand, kRows>(memory_.q + block.row_begin * q_stride(), tile_.D, block.rows, q);
     }
     if (!tile_.wants_ds) return;
-    pack_transposed<Operand, kRows>(memory_.dout + block.row_begin * memory_.D_v_steps, tile_.D_v,
-                                    block.rows, dout);
+    pack_chunks<Operand, kRows>(memory_.dout + block.row_begin * dout_stride(), tile_.D_v,
+                                block.rows, dout);
   }
 
   // P and dS of one cell: the keys of one panel.
@@ -215,9 +214,9 @@ class TileBackward {
     Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
     multiply_scores(block, scores, panel);
     if (tile_.wants_ds) {  // (E27)
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPart>(
-          dp, memory_.dout + block.row_begin * memory_.D_v_steps,
-          memory_.v + panel * memory_.D_v_steps, memory_.D_v_steps, Real(1));
+      multiply_chunks_keys<Operand, kRows, kBlockVecs, kPart>(
+          dp, memory_.dout + block.row_begin * dout_stride(), memory_.v + panel * memory_.D_v_steps,
+          memory_.D_v_steps, Real(1));
     }
     if (contains(seen.by_all, cell)) {
       weigh_cell<kRows, false>(block, scores, dp, panel);
@@ -235,9 +234,9 @@ class TileBackward {
                                                    q_stride(), tile_.D,
                                                    smaller(keys_ - panel, kPanelKeys), row, sign);
     } else {
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPart>(
-          scores, memory_.q + block.row_begin * memory_.D_steps,
-          memory_.k + panel * memory_.D_steps, memory_.D_steps, sign);
+      multiply_chunks_keys<Operand, kRows, kBlockVecs, kPart>(
+          scores, memory_.q + block.row_begin * q_stride(), memory_.k + panel * memory_.D_steps,
+          memory_.D_steps, sign);
     }
   }
 
@@ -373,6 +372,7 @@ class TileBackward {
   Real* dq_row(int row) const { return memory_.dq + row * memory_.D_stride; }
   Real* dk_row(int key) const { return memory_.dk + key * memory_.D_stride; }
   Real* dv_row(int key) const { return memory_.dv + key * memory_.D_v_stride; }
+  int64_t dout_stride() const { return Memory::whole_vectors(memory_.D_v_steps); }
   int64_t q_stride() const { return Memory::whole_vectors(memory_.D_steps); }
 
   static bool overlap(KvRange a, KvRange b) {

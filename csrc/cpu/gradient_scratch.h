@@ -2,8 +2,8 @@
 // What one thread holds in memory while it takes the gradients of a key tile.
 #pragma once
 
+#include "cpu/gradient_micro_kernel.h"
 #include "cpu/gradient_tile.h"
-#include "cpu/micro_kernel.h"
 
 namespace online_attention::cpu {
 
@@ -32,8 +32,8 @@ struct GradientScratch {
     k = take<Number>(memory, kTileKeys * D_steps + kLanes);
     v = take<Number>(memory, kTileKeys * D_v_steps + kLanes);
     k_columns = take<Number>(memory, kKeySteps * D_stride);
-    q = take<Number>(memory, kTileRows * whole_vectors(D_steps) + kLanes);
-    dout = take<Number>(memory, kTileRows * D_v_steps + kLanes);
+    q = take<Number>(memory, kTileRows * whole_vectors(D_steps));
+    dout = take<Number>(memory, kTileRows * whole_vectors(D_v_steps));
     q_columns = take<Number>(memory, kRowSteps * D_stride);
     dout_columns = take<Number>(memory, kRowSteps * D_v_stride);
     p = take<Number>(memory, kRowSteps * kStepStride);
@@ -52,16 +52,17 @@ struct GradientScratch {
   Number* k;                     // per panel of keys [D_steps][kPanelKeys]
   Number* v;                     // per panel of keys [D_v_steps][kPanelKeys]
   Number* k_columns;             // per panel of D [key steps][its columns]
-  Number* q;                     // per block of rows [D_steps][kRows]
-  Number* dout;                  // per block of rows [D_v_steps][kRows]
-  Number* q_columns;             // per panel of D [row steps][its columns]
-  Number* dout_columns;          // per panel of D_v [row steps][its columns]
-  Number* p;                     // [row steps][kStepStride], a column for each key
-  Number* ds;                    // likewise
-  Number* ds_by_key;             // [rows][kRowStride], a column for each key step
-  Real* dq;                      // [rows][D_stride], of this key tile
-  Real* dk;                      // [keys][D_stride]
-  Real* dv;                      // [keys][D_v_stride]
+  Number* q;                     // per block of rows, in chunks; or in rows
+
+  Number* dout;          // per block of rows, in chunks
+  Number* q_columns;     // per panel of D [row steps][its columns]
+  Number* dout_columns;  // per panel of D_v [row steps][its columns]
+  Number* p;             // [row steps][kStepStride], a column for each key
+  Number* ds;            // likewise
+  Number* ds_by_key;     // [rows][kRowStride], a column for each key step
+  Real* dq;              // [rows][D_stride], of this key tile
+  Real* dk;              // [keys][D_stride]
+  Real* dv;              // [keys][D_v_stride]
   int64_t bytes = 0;
 
  private:

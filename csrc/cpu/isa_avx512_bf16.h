@@ -53,9 +53,8 @@ struct Pairs {
   static void store_step(const Sums::Vec (&rows)[2], Number* step, Number* const (&columns)[2]) {
     const __m512bh narrow = _mm512_cvtne2ps_pbh(rows[1], rows[0]);  // rows[0] in the lower half
     Lanes::store(interleave(narrow), step);
-    const auto halves = (__m512i)narrow;
-    _mm256_storeu_si256((__m256i*)columns[0], _mm512_castsi512_si256(halves));
-    _mm256_storeu_si256((__m256i*)columns[1], _mm512_maskz_extracti64x4_epi64(0xf, halves, 1));
+    __builtin_memcpy(columns[0], &narrow, sizeof narrow / 2);
+    __builtin_memcpy(columns[1], (const char*)&narrow + sizeof narrow / 2, sizeof narrow / 2);
   }
   static Vec interleave(__m512bh rows) {
     typedef int16_t Shorts __attribute__((vector_size(64)));
