@@ -7,8 +7,8 @@
 // addition, a small part of the work, and only for tasks that were begun before its own, so that
 // any number of threads gets to the end.
 //
-// Workspace: for each query row its delta, a byte, and for the narrow types D floats; four bytes
-// for each set of rows.
+// Workspace: for each query row its softmax and delta (three numbers), a byte, and for the narrow
+// types D floats; four bytes for each set of rows.
 #include "cpu/backward.h"
 
 #include <algorithm>
@@ -73,6 +73,7 @@ struct Workspace {
         take(sets * static_cast<int64_t>(sizeof(std::atomic<int32_t>))));
     finite = reinterpret_cast<uint8_t*>(take(rows));
     delta = take(rows * real);
+    softmax = take(rows * 2 * real);
     // Of the wide types, dq itself holds the sums.
     const bool narrow = element_bytes(args.dtype) < real;
     if (narrow && args.dq.data != nullptr) dq_sum = take(rows * s.D * real);
@@ -81,6 +82,7 @@ struct Workspace {
   std::atomic<int32_t>* tiles_added = nullptr;  // to dq, of each set of rows
   uint8_t* finite = nullptr;                    // [B, H, S_q], of QueryRows
   std::byte* delta = nullptr;                   // [B, H, S_q]
+  std::byte* softmax = nullptr;                 // [B, H, S_q]
   std::byte* dq_sum = nullptr;                  // [B, H, S_q, D]; null: not needed
   int64_t bytes = 0;
 };
@@ -100,16 +102,15 @@ class Backward {
   int64_t sets() const { return args_.shape.B * args_.shape.H_kv * tiling_.sets(); }
   int64_t tasks() const { return args_.shape.B * args_.shape.H_kv * tiling_.key_tiles; }
 
-  void prepare(int64_t set) const;
+  void prepare(int64_t begin, int64_t end) noexcept {
+    std::byte* memory = scratch();
+    for (int64_t set = begin; set < end && memory != nullptr; ++set) prepare(set, memory);
+  }
 
   // Runs on every thread until no task is left. Tasks are begun in the order of their keys.
   void work() noexcept {
-    thread_local Scratch scratch;
-    std::byte* memory = scratch.reserve(scratch_bytes_);
-    if (memory == nullptr) {
-      out_of_memory_ = true;
-      return;
-    }
+    std::byte* memory = scratch();
+    if (memory == nullptr) return;
     const int64_t kv_heads = args_.shape.B * args_.shape.H_kv;
     for (int64_t task; (task = next_task_++) < tasks();) {
       run(task % kv_heads, task / kv_heads, memory);
@@ -117,14 +118,22 @@ class Backward {
   }
 
   Status status() const {
-    return out_of_memory_ && next_task_ < tasks()
-               ? "attention on the CPU: no memory is left for a thread's working space."
-               : kOk;
+    return out_of_memory_ ? "attention on the CPU: no memory is left for a thread's working space."
+                          : kOk;
   }
 
  private:
   using Counter = std::atomic<int32_t>;
 
+  // nullptr if there is no memory.
+  std::byte* scratch() {
+    thread_local Scratch scratch;
+    std::byte* memory = scratch.reserve(scratch_bytes_);
+    if (memory == nullptr) out_of_memory_ = true;
+    return memory;
+  }
+
+  void prepare(int64_t set, std::byte* scratch) const;
   void run(int64_t kv_head, int64_t key_tile, std::byte* scratch) const;
   KeyTile key_tile(int64_t kv_head, int64_t index) const;
   QueryRows query_rows(int64_t set) const;
@@ -153,16 +162,18 @@ class Backward {
   std::atomic<bool> out_of_memory_ = false;
 };
 
-// (E28), and zeros for dq of rows that no key tile will visit.
-void Backward::prepare(int64_t set) const {
+// (E28), the softmax of each row, and zeros for dq of rows that no key tile will visit.
+void Backward::prepare(int64_t set, std::byte* scratch) const {
   const Shape& s = args_.shape;
   const QueryRows rows = query_rows(set);
-  KeyTile wanted;
-  wanted.D = s.D;
-  wanted.D_v = s.D_v;
-  wanted.wants_ds = args_.dq.data != nullptr || args_.dk.data != nullptr;
-  kernel_.prepare(wanted, rows);
-  if (args_.dq.data == nullptr || key_tiles_of(set % tiling_.q_tiles).size() > 0) return;
+  const KvRange key_tiles = key_tiles_of(set % tiling_.q_tiles);
+  const int64_t kv_head = set / tiling_.sets();
+  if (kernel_.prepare(key_tile(kv_head, 0), rows)) {
+    for (int64_t i = key_tiles.begin; i < key_tiles.end; ++i) {
+      kernel_.measure(key_tile(kv_head, i), rows, scratch);
+    }
+  }
+  if (args_.dq.data == nullptr || key_tiles.size() > 0) return;
   const auto bytes = static_cast<std::size_t>(s.D * element_bytes(args_.dtype));
   for (int row = 0; row < rows.rows; ++row) {
     std::fill_n(static_cast<std::byte*>(rows.dq[row]), bytes, std::byte{0});
@@ -238,6 +249,7 @@ QueryRows Backward::query_rows(int64_t set) const {
   rows.lse = static_cast<const std::byte*>(args_.lse) + offset;
   if (args_.dlse != nullptr) rows.dlse = static_cast<const std::byte*>(args_.dlse) + offset;
   rows.delta = workspace_.delta + offset;
+  rows.softmax = workspace_.softmax + 2 * offset;
   rows.finite = workspace_.finite + first;
   return rows;
 }
@@ -271,13 +283,13 @@ int64_t backward_workspace_bytes(const BackwardArgs& args, const Device&) {
 Status backward(const BackwardArgs& args, const Launch& launch) {
   Backward backward(args, launch.workspace);
   const auto prepare = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t set = begin; set < end; ++set) static_cast<Backward*>(context)->prepare(set);
+    static_cast<Backward*>(context)->prepare(begin, end);
   };
   const auto work = [](int64_t, int64_t, void* context) {
     static_cast<Backward*>(context)->work();
   };
   launch.parallel_for(backward.sets(), 1, prepare, &backward);
-  launch.parallel_for(backward.tasks(), 1, work, &backward);
+  if (backward.status() == kOk) launch.parallel_for(backward.tasks(), 1, work, &backward);
   return backward.status();
 }
 

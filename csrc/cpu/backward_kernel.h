@@ -8,40 +8,19 @@
 // keys, which become P and dS at once. P and dS of the whole set of rows, the left operands of the
 // three products that follow, share that cache. A cell that nobody sees costs no product.
 //
-// Scores are summed as the forward pass sums them, bit by bit: where they are huge, P depends on
-// that. Rows and keys with NaN or Inf enter the sums of dq, dk and dv one by one, and only where
+// Rows and keys with NaN or Inf enter the sums of dq, dk and dv one by one, and only where
 // they are seen; the products have zeros in their place, because the weight 0 of a hidden pair
 // would not stop them.
 #pragma once
 
-#include "cpu/gradient_scratch.h"
-#include "cpu/row_block.h"
-#include "cpu/row_states.h"
+#include "cpu/far_rows.h"
+#include "cpu/tile_scores.h"
 
 namespace online_attention::cpu {
 
 template <class Isa, class Element>
-class TileBackward {
+class TileBackward : TileScores<Isa, Element> {
  public:
-  static void prepare(const KeyTile& tile, const QueryRows& rows) {
-    for (int row = 0; row < rows.rows; ++row) {
-      const auto* q = static_cast<const Element*>(rows.q[row]);
-      const auto* dout = static_cast<const Element*>(rows.dout[row]);
-      rows.finite[row] =
-          static_cast<uint8_t>((all_finite<Lanes>(q, tile.D) ? kFiniteQ : 0) |
-                               (all_finite<Lanes>(dout, tile.D_v) ? kFiniteDout : 0));
-      if (!tile.wants_ds) continue;
-      // (E28)
-      const Element* const factors[] = {dout, static_cast<const Element*>(rows.out[row])};
-      Vec sum = {};
-      for_each_vector<Lanes>(factors, tile.D_v,
-                             [&](int64_t, const auto& v) { sum += v[0] * v[1]; });
-      const auto* dlse = static_cast<const Real*>(rows.dlse);
-      static_cast<Real*>(rows.delta)[row] =
-          Lanes::sum_of_lanes(sum) - (dlse == nullptr ? Real(0) : dlse[row]);
-    }
-  }
-
   static void start(const KeyTile& tile, std::byte* scratch) {
     TileBackward backward(tile, scratch);
     backward.pack_keys();
@@ -99,52 +78,32 @@ class TileBackward {
   static int64_t scratch_bytes(int64_t D, int64_t D_v) { return Memory(D, D_v, nullptr).bytes; }
 
  private:
-  using Operand = typename Isa::template Operand<Element>;
-  using Real = typename Operand::Real;
-  using Number = typename Operand::Number;
-  using Weight = typename Operand::Weight;
-  using Lanes = Simd<Isa, Real>;
-  using Vec = typename Lanes::Vec;
-  using Memory = GradientScratch<Operand>;
-
-  static constexpr int kLanes = Lanes::kLanes;
-  static constexpr int kDepth = Operand::kDepth;
-  static constexpr int kBlockRows = Isa::kBlockRows;
-  static constexpr int kBlockVecs = Isa::kBlockVecs;
-  static constexpr int kPanelKeys = kBlockVecs * kLanes;
-  static constexpr int kTileKeys = Memory::kTileKeys;
-  static constexpr int kTileRows = Memory::kTileRows;
-  static constexpr int kStepStride = Memory::kStepStride;
-  static constexpr int kRowStride = Memory::kRowStride;
-  static constexpr int kPart = kPartOfScores<Isa, Element>;
-  static_assert(kTileKeys % kPanelKeys == 0 && kTileKeys % kBlockRows == 0);
-  static_assert(kTileRows % kBlockRows == 0 && kBlockRows % kDepth == 0);
-
+  using Base = TileScores<Isa, Element>;
+  using typename Base::Lanes, typename Base::Memory, typename Base::Number, typename Base::Operand;
+  using typename Base::Real, typename Base::Vec;
   template <int kRows>
   using Block = RowBlock<kRows>;
+  using Base::contains, Base::for_each_block, Base::key_row, Base::multiply_scores, Base::overlap;
+  using Base::kBlockRows, Base::kBlockVecs, Base::kDepth, Base::kLanes, Base::kPanelKeys,
+      Base::kPart;
+  using Base::keys_, Base::memory_, Base::rows_, Base::seen_, Base::states_, Base::tile_;
+  using Base::q_row, Base::seen, Base::smaller;
 
-  TileBackward(const KeyTile& tile, std::byte* scratch)
-      : tile_(tile),
-        keys_(tile.keys.end - tile.keys.begin),
-        memory_(tile.D, tile.D_v, scratch),
-        states_(tile.scale_log2) {}
+  using Weight = typename Operand::Weight;
+  static constexpr int kTileKeys = Memory::kTileKeys;
+  static constexpr int kStepStride = Memory::kStepStride;
+  static constexpr int kRowStride = Memory::kRowStride;
 
-  template <class Visit>
-  void for_each_block(Visit visit) const {
-    for_each_row_block<kBlockRows>(rows_->rows, visit);
-  }
+  using Base::Base;
 
   void pack_keys() {
-    for (int panel = 0; panel < keys_; panel += kPanelKeys) {
-      const auto k_row = [&](int i) { return key_row(panel + i); };
-      const auto v_row = [&](int i) {
+    Base::pack_keys();
+    for (int panel = 0; panel < keys_ && tile_.wants_ds; panel += kPanelKeys) {
+      const auto row = [&](int i) {
         return static_cast<const Element*>(tile_.v) + (panel + i) * tile_.v_stride;
       };
-      pack_transposed<Operand, kPanelKeys>(memory_.k + panel * memory_.D_steps, tile_.D,
-                                           keys_ - panel, k_row);
-      if (!tile_.wants_ds) continue;
       pack_transposed<Operand, kPanelKeys>(memory_.v + panel * memory_.D_v_steps, tile_.D_v,
-                                           keys_ - panel, v_row);
+                                           keys_ - panel, row);
     }
     if (!tile_.wants_dq) return;
     for (int key = 0; key < keys_; ++key) {
@@ -168,11 +127,14 @@ class TileBackward {
   }
 
   void take_rows(const QueryRows& rows) {
-    rows_ = &rows;
-    for_each_block([&]<int kRows>(Block<kRows> block) {
-      see(block);
-      pack_rows(block);
-    });
+    Base::take_rows(rows);
+    if (tile_.wants_ds) {
+      for_each_block([&]<int kRows>(Block<kRows> block) {
+        const auto row = [&](int i) { return dout_row(block.row_begin + i); };
+        pack_chunks<Operand, kRows>(memory_.dout + block.row_begin * dout_stride(), tile_.D_v,
+                                    block.rows, row);
+      });
+    }
     const auto panels = [&](Number* to, int64_t D, const void* const* row, uint8_t finite) {
       pack_panels<Operand, kBlockVecs, Memory::kRowSteps>(to, D, rows.rows, [&](int i) {
         return rows.finite[i] & finite ? static_cast<const Element*>(row[i]) : nullptr;
@@ -182,35 +144,11 @@ class TileBackward {
     if (tile_.dv != nullptr) panels(memory_.dout_columns, tile_.D_v, rows.dout, kFiniteDout);
   }
 
-  template <int kRows>
-  void see(Block<kRows> block) {
-    const int valid = block.row_begin + block.rows, end = block.row_begin + kRows;
-    for (int row = block.row_begin; row < valid; ++row) states_.set(row, *rows_, tile_.keys);
-    for (int row = valid; row < end; ++row) states_.set_empty(row);
-    seen_[block.row_begin / kBlockRows] = states_.visible(block.row_begin, end, keys_);
-  }
-
-  template <int kRows>
-  void pack_rows(Block<kRows> block) {
-    const auto q = [&](int i) { return q_row(block.row_begin + smaller(i, block.rows - 1)); };
-    const auto dout = [&](int i) { return dout_row(block.row_begin + i); };
-    if (tile_.in_place) {
-      pack_in_rows<Operand>(memory_.q + block.row_begin * q_stride(), q_stride(), tile_.D, kRows,
-                            q);
-    } else {
-      pack_chunks<Operand, kRows>(memory_.q + block.row_begin * q_stride(), tile_.D, block.rows, q);
-    }
-    if (!tile_.wants_ds) return;
-    pack_chunks<Operand, kRows>(memory_.dout + block.row_begin * dout_stride(), tile_.D_v,
-                                block.rows, dout);
-  }
-
   // P and dS of one cell: the keys of one panel.
   template <int kRows>
   void weigh(Block<kRows> block, int panel) {
-    const Visibility& seen = seen_[block.row_begin / kBlockRows];
     const KvRange cell = {panel, panel + kPanelKeys};
-    if (!overlap(seen.by_some, cell)) return hide(block, panel);
+    if (!overlap(seen(block).by_some, cell)) return hide(block, panel);
     Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
     multiply_scores(block, scores, panel);
     if (tile_.wants_ds) {  // (E27)
@@ -218,25 +156,10 @@ class TileBackward {
           dp, memory_.dout + block.row_begin * dout_stride(), memory_.v + panel * memory_.D_v_steps,
           memory_.D_v_steps, Real(1));
     }
-    if (contains(seen.by_all, cell)) {
+    if (contains(seen(block).by_all, cell)) {
       weigh_cell<kRows, false>(block, scores, dp, panel);
     } else {
       weigh_cell<kRows, true>(block, scores, dp, panel);
-    }
-  }
-
-  template <int kRows>
-  void multiply_scores(Block<kRows> block, Real* scores, int panel) const {
-    const auto sign = static_cast<Real>(tile_.sign);
-    if (tile_.in_place) {
-      const auto row = [&](int i) { return key_row(panel + i); };
-      dot_queries_keys<Operand, kRows, kPanelKeys>(scores, memory_.q + block.row_begin * q_stride(),
-                                                   q_stride(), tile_.D,
-                                                   smaller(keys_ - panel, kPanelKeys), row, sign);
-    } else {
-      multiply_chunks_keys<Operand, kRows, kBlockVecs, kPart>(
-          scores, memory_.q + block.row_begin * q_stride(), memory_.k + panel * memory_.D_steps,
-          memory_.D_steps, sign);
     }
   }
 
@@ -335,7 +258,7 @@ class TileBackward {
     for_each_panel<kLanes, kBlockVecs>(tile_.D, [&](auto vecs, int64_t d) {
       constexpr int kVecs = decltype(vecs)::value;
       for_each_block([&]<int kRows>(Block<kRows> block) {
-        const KvRange keys = seen_[block.row_begin / kBlockRows].by_some;
+        const KvRange keys = seen(block).by_some;
         const int32_t begin = keys.begin < keys.end ? keys.begin / kDepth : 0;
         multiply_panel<Operand, kRows, kVecs, kRowStride, 1, false>(
             dq_row(block.row_begin) + d, memory_.D_stride,
@@ -364,38 +287,23 @@ class TileBackward {
     store_some<Lanes>(v * Lanes::splat(static_cast<Real>(tile_.factor)), to, elements);
   }
 
-  const Element* key_row(int key) const {
-    return static_cast<const Element*>(tile_.k) + key * tile_.k_stride;
-  }
-  const Element* q_row(int row) const { return static_cast<const Element*>(rows_->q[row]); }
   const Element* dout_row(int row) const { return static_cast<const Element*>(rows_->dout[row]); }
   Real* dq_row(int row) const { return memory_.dq + row * memory_.D_stride; }
   Real* dk_row(int key) const { return memory_.dk + key * memory_.D_stride; }
   Real* dv_row(int key) const { return memory_.dv + key * memory_.D_v_stride; }
   int64_t dout_stride() const { return Memory::whole_vectors(memory_.D_v_steps); }
-  int64_t q_stride() const { return Memory::whole_vectors(memory_.D_steps); }
-
-  static bool overlap(KvRange a, KvRange b) {
-    return smaller(a.end, b.end) > larger(a.begin, b.begin);
-  }
-  static bool contains(KvRange outer, KvRange inner) {
-    return outer.begin <= inner.begin && inner.end <= outer.end;
-  }
-  static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-  static int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
-
-  const KeyTile& tile_;
-  const int32_t keys_;
-  const QueryRows* rows_ = nullptr;
-  const Memory memory_;
-  RowStates<Isa, Real> states_;
-  Visibility seen_[kTileRows / kBlockRows];
 };
 
 template <class Isa, class Element>
 GradientKernel gradient_kernel_of() {
   using Tile = TileBackward<Isa, Element>;
-  return {Tile::scratch_bytes, Tile::prepare, Tile::start, Tile::add, Tile::add_dq, Tile::finish};
+  return {Tile::scratch_bytes,
+          prepare_rows<Isa, Element>,
+          FarRows<Isa, Element>::measure,
+          Tile::start,
+          Tile::add,
+          Tile::add_dq,
+          Tile::finish};
 }
 
 template <class Isa>

@@ -40,6 +40,7 @@ struct QueryRows {
   const void* lse = nullptr;   // [rows]
   const void* dlse = nullptr;  // [rows]; nullptr counts as 0
   void* delta = nullptr;       // [rows]
+  void* softmax = nullptr;     // [rows], SoftmaxRow of the type computed in
   uint8_t* finite = nullptr;   // [rows], of kFiniteQ and kFiniteDout: what holds no NaN or Inf
 };
 inline constexpr uint8_t kFiniteQ = 1, kFiniteDout = 2;
@@ -52,7 +53,10 @@ struct Turn {
 // `scratch` is 64-byte aligned and one thread's; it carries a key tile from start to finish.
 struct GradientKernel {
   int64_t (*scratch_bytes)(int64_t D, int64_t D_v);
-  void (*prepare)(const KeyTile&, const QueryRows&);  // of `keys` only D, D_v and what is asked for
+  // Delta and the softmax of the rows. Of the keys only D, D_v and what is asked for. Where the
+  // result is true, `measure` must take in all keys that the rows see.
+  bool (*prepare)(const KeyTile&, const QueryRows&);
+  void (*measure)(const KeyTile&, const QueryRows&, std::byte* scratch);
   void (*start)(const KeyTile&, std::byte* scratch);
   // The rows' part of dk and dv, and the keys' part of dq.
   void (*add)(const KeyTile&, const QueryRows&, std::byte* scratch);

@@ -13,9 +13,10 @@ struct Visibility {
   KvRange by_some, by_all;
 };
 
-template <class Isa, class Real>
+template <class Isa, class Element>
 class RowStates {
  public:
+  using Real = RealOf<Element>;
   using Lanes = Simd<Isa, Real>;
   using Vec = typename Lanes::Vec;
   using Bits = typename Lanes::Bits;
@@ -24,18 +25,22 @@ class RowStates {
 
   // Row `row` of the set; `keys` are those of the tile.
   void set(int row, const QueryRows& rows, KvRange keys) {
-    lse_[row] = static_cast<const Real*>(rows.lse)[row];
+    const SoftmaxRow<Real> softmax = static_cast<const SoftmaxRow<Real>*>(rows.softmax)[row];
+    const Real lse = static_cast<const Real*>(rows.lse)[row];
+    base_[row] = softmax.base();
+    far_[row] = is_far(lse);
+    inverse_sum_[row] = softmax.inverse_sum();
     delta_[row] = rows.delta == nullptr ? Real(0) : static_cast<const Real*>(rows.delta)[row];
-    base_[row] = SoftmaxRow<Real>::from_lse(lse_[row]).base();
     const KvRange seen = rows.visible[row];
     const int32_t begin = seen.begin > keys.begin ? seen.begin - keys.begin : 0;
     const int32_t end = (seen.end < keys.end ? seen.end : keys.end) - keys.begin;
-    const bool empty = begin >= end || lse_[row] == -kInfinity<Real>;  // (E23)
+    const bool empty = begin >= end || lse == -kInfinity<Real>;  // (E23)
     visible_[row] = empty ? KvRange{} : KvRange{begin, end};
   }
   // The padding of a block, which sees nothing.
   void set_empty(int row) {
-    lse_[row] = base_[row] = delta_[row] = 0;
+    base_[row] = inverse_sum_[row] = delta_[row] = 0;
+    far_[row] = false;
     visible_[row] = {};
   }
 
@@ -57,43 +62,45 @@ class RowStates {
 
   // (E25)
   Vec probability(int row, Vec score) const {
-    return exp2_of_lanes<Lanes, Real>(exponent(row, score));
+    if (!far_[row]) {
+      const Vec s2 = score * Lanes::splat(factor_) - Lanes::splat(base_[row]);
+      return exp2_of_lanes<Lanes, Real>(s2);
+    }
+    return weight(score, base_[row]) * Lanes::splat(inverse_sum_[row]);
   }
+
+  // The weight of a score in a far row whose maximum is `base`. Both products are rounded alike:
+  // the largest score weighs 1.
+  Vec weight(Vec score, Real base) const {
+    return exp2_of_lanes<Lanes, Real>(rounded(score * Lanes::splat(factor_)) - Lanes::splat(base));
+  }
+
+  // Whether P may not be taken from the lse, whose last bit stands for too much.
+  static bool is_far(Real lse) { return lse > kFar || (lse < -kFar && lse != -kInfinity<Real>); }
 
   // (E29)
   Vec score_gradient(int row, Vec p, Vec dp) const { return p * (dp - Lanes::splat(delta_[row])); }
 
-  // x where the row sees the kLanes keys from `key` on, 0 where it does not.
-  Vec if_visible(int row, int key, Vec x) const {
+  // x where the row sees the kLanes keys from `key` on, `other` where it does not.
+  Vec if_visible(int row, int key, Vec x, Vec other = Vec{}) const {
     using Integer = typename Lanes::Integer;
     const Bits keys = Lanes::iota() + Lanes::splat_bits(static_cast<Integer>(key));
     const auto hidden = (keys < Lanes::splat_bits(static_cast<Integer>(visible_[row].begin))) |
                         (keys >= Lanes::splat_bits(static_cast<Integer>(visible_[row].end)));
-    return hidden ? Vec{} : x;
+    return hidden ? other : x;
   }
 
  private:
-  // Beyond, what the last bit of the base stands for shows in P.
-  static constexpr Real kFar = 64;
-
-  // s2 - lse log2(e). Far from 0 in natural units, where each number is rounded as the forward pass
-  // rounded the largest score on its way into the lse: the difference is exactly 0 for a score that
-  // outweighs all others, and above 0 for none.
-  Vec exponent(int row, Vec score) const {
-    const Vec factor = Lanes::splat(factor_);
-    const bool far = base_[row] > kFar || base_[row] < -kFar;
-    if (!far) return score * factor - Lanes::splat(base_[row]);
-    const Vec s = rounded(score * factor * Lanes::splat(Real(kLn2)));
-    const Vec difference = (s - Lanes::splat(lse_[row])) * Lanes::splat(Real(kLog2e));
-    return difference > 0 ? Vec{} : difference;
-  }
+  // The rounding of narrow results hides more.
+  static constexpr Real kFar = sizeof(Element) < sizeof(Real) ? 1024 : 64;
 
   // x, and never fused with what is done to it next: the compiler does not know that zero_ is 0.
   Vec rounded(Vec x) const { return (Vec)((Bits)x ^ Lanes::splat_bits(zero_)); }
 
   const Real factor_;
   const volatile typename Lanes::Integer zero_ = 0;
-  Real lse_[QueryRows::kMaxRows], base_[QueryRows::kMaxRows], delta_[QueryRows::kMaxRows];
+  Real base_[QueryRows::kMaxRows], inverse_sum_[QueryRows::kMaxRows], delta_[QueryRows::kMaxRows];
+  bool far_[QueryRows::kMaxRows];
   KvRange visible_[QueryRows::kMaxRows];
 };
 
