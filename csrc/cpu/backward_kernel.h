@@ -94,6 +94,9 @@ class TileBackward : TileScores<Isa, Element> {
   static constexpr int kStepStride = Memory::kStepStride;
   static constexpr int kRowStride = Memory::kRowStride;
 
+  // dP in smaller parts than the scores: much of it cancels against delta.
+  static constexpr int kPartOfDp = sizeof(Element) < sizeof(Real) ? kPart : 32 < kPart ? 32 : kPart;
+
   using Base::Base;
 
   void pack_keys() {
@@ -152,7 +155,7 @@ class TileBackward : TileScores<Isa, Element> {
     Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
     multiply_scores(block, scores, panel);
     if (tile_.wants_ds) {  // (E27)
-      multiply_chunks_keys<Operand, kRows, kBlockVecs, kPart>(
+      multiply_chunks_keys<Operand, kRows, kBlockVecs, kPartOfDp>(
           dp, memory_.dout + block.row_begin * dout_stride(), memory_.v + panel * memory_.D_v_steps,
           memory_.D_v_steps, Real(1));
     }

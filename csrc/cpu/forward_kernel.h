@@ -73,7 +73,7 @@ class TileForward {
 
   template <class Visit>
   void for_each_block(Visit visit) const {
-    for_each_row_block<kBlockRows>(tile_.rows, visit);
+    for_each_row_block<kBlockRows, 1>(tile_.rows, visit);
   }
 
   template <int kRows>

@@ -62,11 +62,9 @@ class RowStates {
 
   // (E25)
   Vec probability(int row, Vec score) const {
-    if (!far_[row]) {
-      const Vec s2 = score * Lanes::splat(factor_) - Lanes::splat(base_[row]);
-      return exp2_of_lanes<Lanes, Real>(s2);
-    }
-    return weight(score, base_[row]) * Lanes::splat(inverse_sum_[row]);
+    if (far_[row]) return weight(score, base_[row]) * Lanes::splat(inverse_sum_[row]);
+    const Vec s2 = score * Lanes::splat(factor_);
+    return exp2_of_lanes<Lanes, Real>(s2 - Lanes::splat(base_[row]));
   }
 
   // The weight of a score in a far row whose maximum is `base`. Both products are rounded alike:
@@ -92,7 +90,7 @@ class RowStates {
 
  private:
   // The rounding of narrow results hides more.
-  static constexpr Real kFar = sizeof(Element) < sizeof(Real) ? 1024 : 64;
+  static constexpr Real kFar = sizeof(Element) < sizeof(Real) ? 1024 : 16;
 
   // x, and never fused with what is done to it next: the compiler does not know that zero_ is 0.
   Vec rounded(Vec x) const { return (Vec)((Bits)x ^ Lanes::splat_bits(zero_)); }

@@ -43,7 +43,8 @@ class TileScores {
 
   template <class Visit>
   void for_each_block(Visit visit) const {
-    for_each_row_block<kBlockRows>(rows_->rows, visit);
+    // Few rows are rare here: they do not pay for code of their own.
+    for_each_row_block<kBlockRows, kBlockRows / 2>(rows_->rows, visit);
   }
 
   void pack_keys() {
