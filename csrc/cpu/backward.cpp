@@ -1,92 +1,296 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The backward pass, pair by pair. (E25)-(E31)
+// Cuts the problem into key tiles and hands them to the threads. (E25)-(E31)
+//
+// One pass, five products: the thread that has a key tile takes all query rows past it, sums dk and
+// dv by itself, and adds its part of dq to a sum that all key tiles share. That sum is taken in the
+// order of the keys, whoever is first: a thread that comes early waits. It waits only for the
+// addition, a small part of the work, and only for tasks that were begun before its own, so that
+// any number of threads gets to the end.
+//
+// Workspace: for each query row its softmax and delta (three numbers), a byte, and for the narrow
+// types D floats; four bytes for each set of rows.
 #include "cpu/backward.h"
 
-#include <bit>
-#include <cmath>
-#include <vector>
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <thread>
 
-#include "core/softmax_row.h"
-#include "cpu/element.h"
+#include "cpu/gradient_tile.h"
+#include "cpu/instruction_set.h"
+#include "cpu/scratch.h"
 
 namespace online_attention::cpu {
 namespace {
 
-float load(const float* p) { return *p; }
-double load(const double* p) { return *p; }
-float load(const Bf16* p) { return std::bit_cast<float>(uint32_t{p->bits} << 16); }
-float load(const F16* p) { return static_cast<float>(std::bit_cast<_Float16>(p->bits)); }
-void store(float* p, float x) { *p = x; }
-void store(double* p, double x) { *p = x; }
-void store(Bf16* p, float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const bool nan = x != x;
-  p->bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-void store(F16* p, float x) { p->bits = std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
-
-// One key and value head of one batch element.
-template <typename Element>
-void backward_head(const BackwardArgs& a, int64_t b, int64_t kv_head) {
-  using Real = RealOf<Element>;
-  const Shape& s = a.shape;
-  std::vector<Real> dk(s.S_kv * s.D), dv(s.S_kv * s.D_v), dq(s.D);
-  for (int64_t h = kv_head * s.group(); h < (kv_head + 1) * s.group(); ++h) {
-    for (int64_t i = 0; i < s.S_q; ++i) {
-      const Element* q = a.q.row<Element>(b, h, i);
-      const Element* dout = a.dout.row<Element>(b, h, i);
-      const Element* out = a.out.row<Element>(b, h, i);
-      const int64_t row = (b * s.H + h) * s.S_q + i;
-      Real delta = a.dlse == nullptr ? 0 : -static_cast<const Real*>(a.dlse)[row];
-      for (int64_t d = 0; d < s.D_v; ++d) delta += load(dout + d) * load(out + d);
-      const auto softmax = SoftmaxRow<Real>::from_lse(static_cast<const Real*>(a.lse)[row]);
-      std::fill(dq.begin(), dq.end(), Real(0));
-      const auto q_idx = static_cast<int32_t>(i);
-      const KvRange seen = a.mask.kv_range(q_idx, q_idx + 1);
-      for (int64_t j = seen.begin; j < seen.end; ++j) {
-        const Element* k = a.k.row<Element>(b, kv_head, j);
-        const Element* v = a.v.row<Element>(b, kv_head, j);
-        Real score = 0, dp = 0;
-        for (int64_t d = 0; d < s.D; ++d) score += load(q + d) * load(k + d);
-        for (int64_t d = 0; d < s.D_v; ++d) dp += load(dout + d) * load(v + d);
-        const Real p = softmax.weight(score * Real(a.scale.sign) * Real(a.scale.log2));
-        const Real ds = p * (dp - delta) * Real(a.factor);
-        for (int64_t d = 0; d < s.D_v; ++d) dv[j * s.D_v + d] += p * load(dout + d);
-        for (int64_t d = 0; d < s.D; ++d) dk[j * s.D + d] += ds * load(q + d);
-        for (int64_t d = 0; d < s.D; ++d) dq[d] += ds * load(k + d);
-      }
-      if (a.dq.data == nullptr) continue;
-      for (int64_t d = 0; d < s.D; ++d) store(a.dq.row<Element>(b, h, i) + d, dq[d]);
-    }
+GradientKernel gradient_kernel(DType dtype) {
+#if defined(__x86_64__)
+  switch (chosen_instruction_set()) {
+    case InstructionSet::avx512_bf16:
+      return avx512_bf16::gradient_kernel(dtype);
+    case InstructionSet::avx512:
+      return avx512::gradient_kernel(dtype);
+    case InstructionSet::avx2:
+      return avx2::gradient_kernel(dtype);
+    case InstructionSet::baseline:
+      break;
   }
-  for (int64_t j = 0; j < s.S_kv; ++j) {
-    for (int64_t d = 0; d < s.D && a.dk.data != nullptr; ++d) {
-      store(a.dk.row<Element>(b, kv_head, j) + d, dk[j * s.D + d]);
-    }
-    for (int64_t d = 0; d < s.D_v && a.dv.data != nullptr; ++d) {
-      store(a.dv.row<Element>(b, kv_head, j) + d, dv[j * s.D_v + d]);
-    }
-  }
+#endif
+  return baseline::gradient_kernel(dtype);
 }
 
-template <typename Element>
-void backward_heads(int64_t begin, int64_t end, void* context) {
-  const auto& args = *static_cast<const BackwardArgs*>(context);
-  for (int64_t head = begin; head < end; ++head) {
-    backward_head<Element>(args, head / args.shape.H_kv, head % args.shape.H_kv);
+// How the query rows of a kv head fall into sets, and its keys into tiles: by the lengths and the
+// group alone, because sums depend on it.
+struct Tiling {
+  int64_t queries, heads;       // of a set
+  int64_t q_tiles, head_tiles;  // of a kv head
+  int64_t key_tiles;
+
+  explicit Tiling(const Shape& s) {
+    constexpr int64_t kBlockRows = 12;  // of the widest kernel, a multiple of the others'
+    q_tiles = ceil_div<int64_t>(s.S_q, QueryRows::kMaxRows);
+    queries = std::min(s.S_q, ceil_div(ceil_div(s.S_q, q_tiles), kBlockRows) * kBlockRows);
+    q_tiles = ceil_div(s.S_q, queries);
+    heads = std::clamp<int64_t>(QueryRows::kMaxRows / queries, 1, s.group());
+    head_tiles = ceil_div(s.group(), heads);
+    key_tiles = ceil_div<int64_t>(s.S_kv, KeyTile::kMaxKeys);
   }
+  int64_t sets() const { return head_tiles * q_tiles; }  // of a kv head
+};
+
+// Where the parts of the workspace begin. `memory` may be null: then only `bytes` is right.
+struct Workspace {
+  Workspace(const BackwardArgs& args, const Tiling& tiling, void* memory) {
+    const Shape& s = args.shape;
+    const int64_t rows = s.B * s.H * s.S_q, real = args.dtype == DType::f64 ? 8 : 4;
+    const auto take = [&](int64_t part_bytes) {
+      std::byte* const from = memory == nullptr ? nullptr : static_cast<std::byte*>(memory) + bytes;
+      bytes += ceil_div<int64_t>(part_bytes, 64) * 64;
+      return from;
+    };
+    const int64_t sets = s.B * s.H_kv * tiling.sets();
+    tiles_added = reinterpret_cast<std::atomic<int32_t>*>(
+        take(sets * static_cast<int64_t>(sizeof(std::atomic<int32_t>))));
+    finite = reinterpret_cast<uint8_t*>(take(rows));
+    delta = take(rows * real);
+    softmax = take(rows * 2 * real);
+    // Of the wide types, dq itself holds the sums.
+    const bool narrow = element_bytes(args.dtype) < real;
+    if (narrow && args.dq.data != nullptr) dq_sum = take(rows * s.D * real);
+  }
+
+  std::atomic<int32_t>* tiles_added = nullptr;  // to dq, of each set of rows
+  uint8_t* finite = nullptr;                    // [B, H, S_q], of QueryRows
+  std::byte* delta = nullptr;                   // [B, H, S_q]
+  std::byte* softmax = nullptr;                 // [B, H, S_q]
+  std::byte* dq_sum = nullptr;                  // [B, H, S_q, D]; null: not needed
+  int64_t bytes = 0;
+};
+
+class Backward {
+ public:
+  Backward(const BackwardArgs& args, void* workspace)
+      : args_(args),
+        tiling_(args.shape),
+        workspace_(args, tiling_, workspace),
+        kernel_(gradient_kernel(args.dtype)),
+        scratch_bytes_(
+            static_cast<std::size_t>(kernel_.scratch_bytes(args.shape.D, args.shape.D_v))) {
+    for (int64_t set = 0; set < sets(); ++set) new (workspace_.tiles_added + set) Counter(0);
+  }
+
+  int64_t sets() const { return args_.shape.B * args_.shape.H_kv * tiling_.sets(); }
+  int64_t tasks() const { return args_.shape.B * args_.shape.H_kv * tiling_.key_tiles; }
+
+  void prepare(int64_t begin, int64_t end) noexcept {
+    std::byte* memory = scratch();
+    for (int64_t set = begin; set < end && memory != nullptr; ++set) prepare(set, memory);
+  }
+
+  // Runs on every thread until no task is left. Tasks are begun in the order of their keys.
+  void work() noexcept {
+    std::byte* memory = scratch();
+    if (memory == nullptr) return;
+    const int64_t kv_heads = args_.shape.B * args_.shape.H_kv;
+    for (int64_t task; (task = next_task_++) < tasks();) {
+      run(task % kv_heads, task / kv_heads, memory);
+    }
+  }
+
+  Status status() const {
+    return out_of_memory_ ? "attention on the CPU: no memory is left for a thread's working space."
+                          : kOk;
+  }
+
+ private:
+  using Counter = std::atomic<int32_t>;
+
+  // nullptr if there is no memory.
+  std::byte* scratch() {
+    thread_local Scratch scratch;
+    std::byte* memory = scratch.reserve(scratch_bytes_);
+    if (memory == nullptr) out_of_memory_ = true;
+    return memory;
+  }
+
+  void prepare(int64_t set, std::byte* scratch) const;
+  void run(int64_t kv_head, int64_t key_tile, std::byte* scratch) const;
+  KeyTile key_tile(int64_t kv_head, int64_t index) const;
+  QueryRows query_rows(int64_t set) const;
+  void set_row(QueryRows& rows, int row, int64_t b, int64_t h, int64_t q_idx) const;
+
+  // The queries of a set, [begin, end).
+  KvRange queries(int64_t q_tile) const {
+    const int64_t begin = q_tile * tiling_.queries;
+    return {static_cast<int32_t>(begin),
+            static_cast<int32_t>(std::min(begin + tiling_.queries, args_.shape.S_q))};
+  }
+  // The key tiles that a set sees, [begin, end).
+  KvRange key_tiles_of(int64_t q_tile) const {
+    const KvRange q = queries(q_tile);
+    const KvRange keys = args_.mask.kv_range(q.begin, q.end);
+    if (keys.size() == 0) return {};
+    return {keys.begin / KeyTile::kMaxKeys, (keys.end - 1) / KeyTile::kMaxKeys + 1};
+  }
+
+  const BackwardArgs& args_;
+  const Tiling tiling_;
+  const Workspace workspace_;
+  const GradientKernel kernel_;
+  const std::size_t scratch_bytes_;
+  std::atomic<int64_t> next_task_ = 0;
+  std::atomic<bool> out_of_memory_ = false;
+};
+
+// (E28), the softmax of each row, and zeros for dq of rows that no key tile will visit.
+void Backward::prepare(int64_t set, std::byte* scratch) const {
+  const Shape& s = args_.shape;
+  const QueryRows rows = query_rows(set);
+  const KvRange key_tiles = key_tiles_of(set % tiling_.q_tiles);
+  const int64_t kv_head = set / tiling_.sets();
+  if (kernel_.prepare(key_tile(kv_head, 0), rows)) {
+    for (int64_t i = key_tiles.begin; i < key_tiles.end; ++i) {
+      kernel_.measure(key_tile(kv_head, i), rows, scratch);
+    }
+  }
+  if (args_.dq.data == nullptr || key_tiles.size() > 0) return;
+  const auto bytes = static_cast<std::size_t>(s.D * element_bytes(args_.dtype));
+  for (int row = 0; row < rows.rows; ++row) {
+    std::fill_n(static_cast<std::byte*>(rows.dq[row]), bytes, std::byte{0});
+  }
+}
+
+void Backward::run(int64_t kv_head, int64_t key_tile_index, std::byte* scratch) const {
+  const KeyTile keys = key_tile(kv_head, key_tile_index);
+  kernel_.start(keys, scratch);
+  for (int64_t i = 0; i < tiling_.sets(); ++i) {
+    const KvRange key_tiles = key_tiles_of(i % tiling_.q_tiles);
+    if (key_tile_index < key_tiles.begin || key_tile_index >= key_tiles.end) continue;
+    const int64_t set = kv_head * tiling_.sets() + i;
+    const QueryRows rows = query_rows(set);
+    kernel_.add(keys, rows, scratch);
+    if (!keys.wants_dq) continue;
+    Counter& tiles_added = workspace_.tiles_added[set];
+    const auto tiles_before = static_cast<int32_t>(key_tile_index - key_tiles.begin);
+    while (tiles_added.load(std::memory_order_acquire) != tiles_before) std::this_thread::yield();
+    kernel_.add_dq(keys, rows, {tiles_before == 0, key_tile_index + 1 == key_tiles.end}, scratch);
+    tiles_added.store(tiles_before + 1, std::memory_order_release);
+  }
+  kernel_.finish(keys, scratch);
+}
+
+KeyTile Backward::key_tile(int64_t kv_head, int64_t index) const {
+  const Shape& s = args_.shape;
+  const int64_t b = kv_head / s.H_kv, h = kv_head % s.H_kv, first = index * KeyTile::kMaxKeys;
+  const auto address = [&](const View& view) {
+    const int64_t element = b * view.stride_b + h * view.stride_h + first * view.stride_s;
+    return view.data == nullptr
+               ? nullptr
+               : static_cast<std::byte*>(view.data) + element * element_bytes(args_.dtype);
+  };
+  const double largest = args_.dtype == DType::f64 ? DBL_MAX : double{FLT_MAX};
+  KeyTile tile;
+  tile.keys = {static_cast<int32_t>(first),
+               static_cast<int32_t>(std::min(first + KeyTile::kMaxKeys, s.S_kv))};
+  tile.k = address(args_.k);
+  tile.v = address(args_.v);
+  tile.dk = address(args_.dk);
+  tile.dv = address(args_.dv);
+  tile.k_stride = args_.k.stride_s;
+  tile.v_stride = args_.v.stride_s;
+  tile.dk_stride = args_.dk.stride_s;
+  tile.dv_stride = args_.dv.stride_s;
+  tile.D = s.D;
+  tile.D_v = s.D_v;
+  tile.sign = args_.scale.sign;
+  tile.scale_log2 = args_.scale.log2;
+  tile.factor = std::clamp(args_.factor, -largest, largest);
+  tile.wants_dq = args_.dq.data != nullptr;
+  tile.wants_ds = tile.wants_dq || tile.dk != nullptr;
+  tile.in_place = QueryTile::multiplied_in_place(s);
+  return tile;
+}
+
+QueryRows Backward::query_rows(int64_t set) const {
+  const Shape& s = args_.shape;
+  const int64_t kv_head = set / tiling_.sets() % s.H_kv, b = set / tiling_.sets() / s.H_kv;
+  const int64_t head_tile = set % tiling_.sets() / tiling_.q_tiles;
+  const int64_t h_begin = kv_head * s.group() + head_tile * tiling_.heads;
+  const int64_t h_end = std::min(h_begin + tiling_.heads, (kv_head + 1) * s.group());
+  const KvRange q = queries(set % tiling_.q_tiles);
+
+  QueryRows rows;
+  for (int64_t h = h_begin; h < h_end; ++h) {
+    for (int64_t q_idx = q.begin; q_idx < q.end; ++q_idx) set_row(rows, rows.rows++, b, h, q_idx);
+  }
+  // Side by side: a set of several heads holds all queries of each.
+  const int64_t first = (b * s.H + h_begin) * s.S_q + q.begin;
+  const int64_t offset = first * (args_.dtype == DType::f64 ? 8 : 4);
+  rows.lse = static_cast<const std::byte*>(args_.lse) + offset;
+  if (args_.dlse != nullptr) rows.dlse = static_cast<const std::byte*>(args_.dlse) + offset;
+  rows.delta = workspace_.delta + offset;
+  rows.softmax = workspace_.softmax + 2 * offset;
+  rows.finite = workspace_.finite + first;
+  return rows;
+}
+
+void Backward::set_row(QueryRows& rows, int row, int64_t b, int64_t h, int64_t q_idx) const {
+  const Shape& s = args_.shape;
+  const auto address = [&](const View& view) {
+    return static_cast<std::byte*>(view.data) +
+           (b * view.stride_b + h * view.stride_h + q_idx * view.stride_s) *
+               element_bytes(args_.dtype);
+  };
+  rows.q[row] = address(args_.q);
+  rows.out[row] = address(args_.out);
+  rows.dout[row] = address(args_.dout);
+  if (args_.dq.data != nullptr) {
+    rows.dq[row] = address(args_.dq);
+    rows.dq_sum[row] = workspace_.dq_sum == nullptr
+                           ? rows.dq[row]
+                           : workspace_.dq_sum + ((b * s.H + h) * s.S_q + q_idx) * s.D * 4;
+  }
+  const auto q = static_cast<int32_t>(q_idx);
+  rows.visible[row] = args_.mask.kv_range(q, q + 1);
 }
 
 }  // namespace
 
-int64_t backward_workspace_bytes(const BackwardArgs&, const Device&) { return 0; }
+int64_t backward_workspace_bytes(const BackwardArgs& args, const Device&) {
+  return Workspace(args, Tiling(args.shape), nullptr).bytes;
+}
 
 Status backward(const BackwardArgs& args, const Launch& launch) {
-  constexpr ParallelBody bodies[kDTypes] = {backward_heads<F16>, backward_heads<Bf16>,
-                                            backward_heads<float>, backward_heads<double>};
-  launch.parallel_for(args.shape.B * args.shape.H_kv, 1, bodies[static_cast<int>(args.dtype)],
-                      const_cast<BackwardArgs*>(&args));
-  return kOk;
+  Backward backward(args, launch.workspace);
+  const auto prepare = [](int64_t begin, int64_t end, void* context) {
+    static_cast<Backward*>(context)->prepare(begin, end);
+  };
+  const auto work = [](int64_t, int64_t, void* context) {
+    static_cast<Backward*>(context)->work();
+  };
+  launch.parallel_for(backward.sets(), 1, prepare, &backward);
+  if (backward.status() == kOk) launch.parallel_for(backward.tasks(), 1, work, &backward);
+  return backward.status();
 }
 
 }  // namespace online_attention::cpu

@@ -5,12 +5,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <thread>
 
 #include "cpu/instruction_set.h"
 #include "cpu/query_tile.h"
+#include "cpu/scratch.h"
 
 namespace online_attention {
 
@@ -43,29 +42,6 @@ TileKernel tile_kernel(DType dtype) {
 #endif
   return baseline::tile_kernel(dtype);
 }
-
-// One thread's working memory, kept between calls because fresh pages cost more than a short call.
-class Scratch {
- public:
-  // nullptr if there is no memory.
-  std::byte* reserve(std::size_t bytes) {
-    if (bytes > bytes_) {
-      memory_.reset();
-      bytes_ = 0;
-      memory_.reset(static_cast<std::byte*>(::operator new(bytes, kAlignment, std::nothrow)));
-      if (memory_ != nullptr) bytes_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(std::byte* memory) const { ::operator delete(memory, kAlignment); }
-  };
-  std::unique_ptr<std::byte, Free> memory_;
-  std::size_t bytes_ = 0;
-};
 
 // How the query rows fall into tiles. With few queries a tile takes them from several of the heads
 // that share a kv head, so that keys and values are read once for all of these.
@@ -157,7 +133,7 @@ QueryTile Forward::query_tile(int64_t task) const {
   }
   const auto first = static_cast<int32_t>(q_begin), last = static_cast<int32_t>(q_end);
   tile.some_row_sees = args_.mask.kv_range(first, last);
-  tile.in_place = s.S_q * s.group() <= QueryTile::kFewRows || s.S_kv <= QueryTile::kFewKeys;
+  tile.in_place = QueryTile::multiplied_in_place(s);
   tile.all_rows_see = tile.some_row_sees;
   for (int row = 0; row < tile.rows; ++row) {
     const KvRange visible = tile.visible[row];

@@ -1,28 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernel for AVX2 with FMA and F16C. Compiled with those flags; see query_tile.h.
-#include <immintrin.h>
-
 #include "cpu/forward_kernel.h"
+#include "cpu/isa_avx2.h"
 
 namespace online_attention::cpu::avx2 {
-namespace {
-
-struct Isa {
-  static constexpr int kVectorBytes = 32;
-  static constexpr int kBlockRows = 6, kBlockVecs = 2;  // 12 of 16 registers hold sums
-  static constexpr bool kRoundsProducts = false;
-  template <class Element>
-  using Operand = Widened<Isa, Element>;
-
-  static __m256 load(const F16* from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-  }
-  static void store(__m256 v, F16* to) {
-    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
-};
-
-}  // namespace
 
 TileKernel tile_kernel(DType dtype) { return tile_kernel_of<Isa>(dtype); }
 

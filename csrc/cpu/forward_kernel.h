@@ -10,6 +10,7 @@
 #include "cpu/exp2.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/query_tile.h"
+#include "cpu/row_block.h"
 
 namespace online_attention::cpu {
 
@@ -57,13 +58,9 @@ class TileForward {
   // elements. Few rows wait for memory and have time for them.
   static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
   static constexpr int kPartInPlace = kNarrow ? kWeightStride : 32;
-  static constexpr int kPartOfScores = Isa::kRoundsProducts && !kNarrow ? 16 : 128;
 
-  // Rows [row_begin, row_begin + rows) of the tile; the block is padded to kRows.
   template <int kRows>
-  struct Block {
-    int row_begin, rows;
-  };
+  using Block = RowBlock<kRows>;
 
   TileForward(const QueryTile& tile, std::byte* scratch)
       : tile_(tile),
@@ -74,22 +71,9 @@ class TileForward {
         k_(q_ + query_numbers(tile.D)),
         packed_v_(k_ + key_numbers(tile.D)) {}
 
-  // Calls visit on blocks of kBlockRows rows; the last is of half as many, or a quarter, ... if
-  // that is enough.
   template <class Visit>
   void for_each_block(Visit visit) const {
-    int row = 0;
-    for (; row + kBlockRows <= tile_.rows; row += kBlockRows) {
-      visit(Block<kBlockRows>{row, kBlockRows});
-    }
-    if (row < tile_.rows) visit_last_block<kBlockRows>(row, visit);
-  }
-  template <int kRows, class Visit>
-  void visit_last_block(int row, Visit visit) const {
-    if constexpr (kRows > 1) {
-      if (tile_.rows - row <= kRows / 2) return visit_last_block<kRows / 2>(row, visit);
-    }
-    visit(Block<kRows>{row, tile_.rows - row});
+    for_each_row_block<kBlockRows, 1>(tile_.rows, visit);
   }
 
   template <int kRows>
@@ -98,25 +82,14 @@ class TileForward {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
     if (tile_.in_place) {
-      pack_in_rows(block);
+      const int64_t stride = whole_vectors(D_steps_);
+      pack_in_rows<Operand>(q_ + block.row_begin * stride, stride, tile_.D, kRows,
+                            [&](int i) { return row(smaller(i, block.rows - 1)); });
     } else {
       pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
     }
     Real* out = out_row(block.row_begin);
     for (int64_t i = 0; i < kRows * out_stride_; ++i) out[i] = 0;
-  }
-
-  template <int kRows>
-  void pack_in_rows(Block<kRows> block) {
-    constexpr int kDims = kLanes * Operand::kDepth;
-    for (int i = 0; i < kRows; ++i) {
-      const int row_in_tile = block.row_begin + smaller(i, block.rows - 1);
-      const auto* row = static_cast<const Element*>(tile_.q[row_in_tile]);
-      Number* to = q_ + (block.row_begin + i) * whole_vectors(D_steps_);
-      for (int64_t d = 0; d < tile_.D; d += kDims, to += kLanes) {
-        Operand::Lanes::store(load_some_steps<Operand>(row + d, tile_.D - d), to);
-      }
-    }
   }
 
   void pack_keys(KvRange keys) {
@@ -244,7 +217,7 @@ class TileForward {
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores>(
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores<Isa, Element>>(
           scores + key, q, k_ + key * D_steps_, D_steps_, sign);
     }
     return {begin, key};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The two matrix products and the packing they need. A micro-kernel keeps kRows x kVecs vectors of
+// The matrix products and the packing they need. A micro-kernel keeps kRows x kVecs vectors of
 // sums in registers, and each step multiplies kRows broadcast numbers by kVecs vectors.
 #pragma once
 
@@ -12,6 +12,12 @@ template <class Operand>
 constexpr int64_t steps_of(int64_t elements) {
   return (elements + Operand::kDepth - 1) / Operand::kDepth;
 }
+
+// The scores are summed in parts of so many steps. Shared by the passes: the backward pass must
+// round scores as the forward pass did.
+template <class Isa, class Element>
+constexpr int kPartOfScores =
+    Isa::kRoundsProducts && sizeof(Element) == sizeof(RealOf<Element>) ? 16 : 128;
 
 // to[step][column] = row(column)[step], for `valid` rows of D elements; zeros for the columns
 // behind them up to kColumns. May write up to a vector more than it has to.
@@ -39,6 +45,19 @@ void pack_transposed(typename Operand::Number* to, int64_t D, int valid, Row row
     for (int64_t i = 0; i < steps_of<Operand>(dims); ++i) {
       for (int part = 0; part < kParts; ++part, to += kLanes) Lanes::store(block[part][i], to);
       to += kColumns - kParts * kLanes;
+    }
+  }
+}
+
+// to[i] = row(i) in steps, for `rows` rows of D elements, to_stride steps apart; zeros behind D.
+template <class Operand, class Row>
+void pack_in_rows(typename Operand::Number* to, int64_t to_stride, int64_t D, int rows, Row row) {
+  constexpr int kLanes = Operand::Lanes::kLanes;
+  constexpr int kDims = kLanes * Operand::kDepth;
+  for (int i = 0; i < rows; ++i) {
+    typename Operand::Number* steps = to + i * to_stride;
+    for (int64_t d = 0; d < D; d += kDims, steps += kLanes) {
+      Operand::Lanes::store(load_some_steps<Operand>(row(i) + d, D - d), steps);
     }
   }
 }

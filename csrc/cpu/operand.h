@@ -28,6 +28,13 @@ struct Widened {
   static Vec load_columns(const Element* const (&rows)[1]) { return Lanes::load(rows[0]); }
 
   static Number weights(const Weight* p) { return *p; }
+  static Real widen(Weight p) { return p; }
+  // Weights of kDepth rows, for kLanes columns, as one step along the rows.
+  static void store_step(const Vec (&rows)[1], Number* step) { Lanes::store(rows[0], step); }
+  // The same, and in `columns` as they enter a step along the columns. Here one form is both.
+  static void store_step(const Vec (&rows)[1], Number* step, Number* const (&)[1]) {
+    store_step(rows, step);
+  }
   static Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
 };
 

@@ -34,6 +34,9 @@ struct QueryTile {
   // A kv head with no more query rows, or no more keys, has them multiplied in place: packing does
   // not pay. Its sums are also the more exact ones, as those of others are for so few.
   static constexpr int kFewRows = 8, kFewKeys = 16;
+  static bool multiplied_in_place(const Shape& s) {
+    return s.S_q * s.group() <= kFewRows || s.S_kv <= kFewKeys;
+  }
 
   int rows = 0;
   bool in_place = false;       // by the lengths of the whole kv head alone

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The matrix products of the backward pass and the packing they need, in the manner of
+// micro_kernel.h.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/micro_kernel.h"
+
+namespace online_attention::cpu {
+
+// Rows of D elements in chunks of kLanes steps, [chunk][kRows][kLanes], with zeros behind `valid`
+// rows and behind D: nothing has to be transposed, and a micro-kernel still finds every row at a
+// fixed distance.
+template <class Operand, int kRows, class Row>
+void pack_chunks(typename Operand::Number* to, int64_t D, int valid, Row row) {
+  using Lanes = typename Operand::Lanes;
+  constexpr int kDims = Lanes::kLanes * Operand::kDepth;
+  for (int64_t d = 0; d < D; d += kDims) {
+    for (int i = 0; i < kRows; ++i, to += Lanes::kLanes) {
+      Lanes::store(i < valid ? load_some_steps<Operand>(row(i) + d, D - d) : typename Lanes::Vec{},
+                   to);
+    }
+  }
+}
+
+// The same numbers as multiply_queries_keys, bit by bit, for q in chunks; scores are [kRows][kVecs
+// * kLanes].
+template <class Operand, int kRows, int kVecs, int kPart>
+void multiply_chunks_keys(typename Operand::Real* scores, const typename Operand::Number* q,
+                          const typename Operand::Number* k, int64_t steps,
+                          typename Operand::Real sign) {
+  using Lanes = typename Operand::Lanes;
+  using Sums = typename Operand::Sums;
+  constexpr int kLanes = Lanes::kLanes;
+  static_assert(kPart % kLanes == 0);
+  for (int64_t begin = 0; begin == 0 || begin < steps; begin += kPart) {
+    const int64_t end = steps - begin < kPart ? steps : begin + kPart;
+    typename Sums::Vec sum[kRows][kVecs] = {};
+    for (int64_t chunk = begin; chunk < end; chunk += kLanes) {
+      const int64_t chunk_end = end - chunk < kLanes ? end : chunk + kLanes;
+      const typename Operand::Number* left = q + chunk * kRows;
+      for (int64_t step = chunk; step < chunk_end; ++step, ++left, k += kVecs * kLanes) {
+        typename Lanes::Vec key[kVecs];
+#pragma GCC unroll 16
+        for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * kLanes);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+          const auto query = Lanes::splat(left[row * kLanes]);
+#pragma GCC unroll 16
+          for (int i = 0; i < kVecs; ++i) {
+            sum[row][i] = Operand::multiply_add(sum[row][i], query, key[i]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kVecs; ++i) {
+        auto* s = scores + (row * kVecs + i) * kLanes;
+        const auto signed_sum = sum[row][i] * Sums::splat(sign);
+        Sums::store(begin == 0 ? signed_sum : Sums::load(s) + signed_sum, s);
+      }
+    }
+  }
+}
+
+// Calls visit(kVecs as a constant, d) on panels of columns that begin at d: kMaxVecs vectors wide,
+// then of one each.
+template <int kLanes, int kMaxVecs, class Visit>
+void for_each_panel(int64_t D, Visit visit) {
+  int64_t d = 0;
+  for (; d + (kMaxVecs - 1) * kLanes < D; d += kMaxVecs * kLanes) {
+    visit(std::integral_constant<int, kMaxVecs>{}, d);
+  }
+  for (; d < D; d += kLanes) visit(std::integral_constant<int, 1>{}, d);
+}
+
+// Rows 0 to `rows` of D columns in panels, for multiply_panel: the panel at d begins at d * kSteps
+// and holds steps of all its columns. row(i) is row i; where null, and behind the last, zeros.
+template <class Operand, int kMaxVecs, int kSteps, class Row>
+void pack_panels(typename Operand::Number* to, int64_t D, int rows, Row row) {
+  constexpr int kLanes = Operand::Lanes::kLanes;
+  for (int step = 0; step * Operand::kDepth < rows; ++step) {
+    const typename Operand::Element* from[Operand::kDepth];
+    for (int i = 0; i < Operand::kDepth; ++i) {
+      const int index = step * Operand::kDepth + i;
+      from[i] = index < rows ? row(index) : nullptr;
+    }
+    for_each_panel<kLanes, kMaxVecs>(D, [&](auto vecs, int64_t d) {
+      const typename Operand::Element* columns[Operand::kDepth];
+      for (int i = 0; i < Operand::kDepth; ++i) columns[i] = from[i] ? from[i] + d : nullptr;
+      constexpr int64_t kWidth = decltype(vecs)::value * kLanes;
+      pack_columns<Operand>(to + d * kSteps + step * kWidth, columns,
+                            D - d < kWidth ? D - d : kWidth);
+    });
+  }
+}
+
+// out[row] = sum over steps of a[row][step] * b[step], or that added to out[row] if kAdd; for kVecs
+// vectors of every row. a has the strides given; b is a panel as packed above.
+template <class Operand, int kRows, int kVecs, int kRowStride, int kStepStride, bool kAdd>
+void multiply_panel(typename Operand::Real* out, int64_t out_stride,
+                    const typename Operand::Number* a, const typename Operand::Number* b,
+                    int64_t steps) {
+  using Lanes = typename Operand::Lanes;
+  using Sums = typename Operand::Sums;
+  typename Sums::Vec sum[kRows][kVecs] = {};
+  for (int64_t step = 0; step < steps; ++step, a += kStepStride, b += kVecs * Lanes::kLanes) {
+    typename Lanes::Vec right[kVecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) right[i] = Lanes::load(b + i * Lanes::kLanes);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const auto left = Lanes::splat(a[row * kRowStride]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVecs; ++i) {
+        sum[row][i] = Operand::multiply_add(sum[row][i], left, right[i]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) {
+      auto* o = out + row * out_stride + i * Sums::kLanes;
+      Sums::store(kAdd ? Sums::load(o) + sum[row][i] : sum[row][i], o);
+    }
+  }
+}
+
+// Calls visit(d, a) with kLanes numbers each of `rows` from column d on, widened; behind column D
+// they are zeros.
+template <class Lanes, class Element, int kRows, class Visit>
+void for_each_vector(const Element* const (&rows)[kRows], int64_t D, Visit visit) {
+  using Vec = typename Lanes::Vec;
+  struct Vecs {
+    Vec of[kRows];
+  };
+  const auto load = [](const auto& from) {
+    Vecs vecs;
+    for (int i = 0; i < kRows; ++i) vecs.of[i] = Lanes::load(from[i]);
+    return vecs;
+  };
+  for (int64_t d = 0; d < D; d += Lanes::kLanes) {
+    const Element* from[kRows];
+    for (int i = 0; i < kRows; ++i) from[i] = rows[i] + d;
+    const Vecs vecs =
+        D - d >= Lanes::kLanes ? load(from) : load_first<Lanes::kLanes>(from, D - d, load);
+    visit(d, vecs.of);
+  }
+}
+
+// to += weight * row; to holds whole vectors.
+template <class Lanes, class Real, class Element>
+void add_row(Real* to, Real weight, const Element* row, int64_t D) {
+  const Element* const rows[] = {row};
+  for_each_vector<Lanes>(rows, D, [&](int64_t d, const auto& v) {
+    Lanes::store(Lanes::load(to + d) + Lanes::splat(weight) * v[0], to + d);
+  });
+}
+
+// The first of `elements` elements that are left of a row.
+template <class Lanes, class Element>
+void store_some(typename Lanes::Vec v, Element* to, int64_t elements) {
+  if (elements >= Lanes::kLanes) {
+    Lanes::store(v, to);
+  } else {
+    Lanes::store_first(v, to, elements);
+  }
+}
+
+}  // namespace online_attention::cpu

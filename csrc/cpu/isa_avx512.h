@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// AVX-512 (F, BW, DQ, VL).
+// In an unnamed namespace: every file that includes this is compiled for the set, and whatever it
+// makes of Isa is its own.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/operand.h"
+
+namespace online_attention::cpu::avx512 {
+namespace {
+
+struct Isa {
+  static constexpr int kVectorBytes = 64;
+  static constexpr int kBlockRows = 12, kBlockVecs = 2;  // 24 of 32 registers hold sums
+  static constexpr bool kRoundsProducts = false;
+  template <class Element>
+  using Operand = Widened<Isa, Element>;
+
+  // The masked forms, because g++ 12 warns of its own undefined operand in the plain ones.
+  static constexpr __mmask16 kAll = 0xffff;
+
+  static __m512 load(const F16* from) {
+    return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256((const __m256i*)from));
+  }
+  static void store(__m512 v, F16* to) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(kAll, v, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+}  // namespace
+}  // namespace online_attention::cpu::avx512

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// AVX-512 with AVX512-BF16, whose instruction adds the exact products of two pairs of bf16 to a
+// float: twice the rate of single precision.
+// In an unnamed namespace: every file that includes this is compiled for the set, and whatever it
+// makes of Isa is its own.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/operand.h"
+
+namespace online_attention::cpu::avx512_bf16 {
+namespace {
+
+struct Pairs;
+
+struct Isa {
+  static constexpr int kVectorBytes = 64;
+  static constexpr int kBlockRows = 12, kBlockVecs = 2;  // 24 of 32 registers hold sums
+  static constexpr bool kRoundsProducts = false;
+  template <class Element>
+  using Operand = Pairs;
+};
+
+// Two neighbouring elements of a row, or of a column, side by side in 32 bits.
+struct Pairs {
+  using Element = Bf16;
+  using Real = float;
+  using Number = int32_t;
+  using Weight = Bf16;
+  using Lanes = Simd<Isa, Number>;
+  using Sums = Simd<Isa, Real>;
+  using Vec = Lanes::Vec;
+  static constexpr int kDepth = 2;
+
+  static Vec load_steps(const Bf16* row) { return Lanes::load_bits(row); }
+  // A bf16 is the upper half of the float it widens to.
+  static Vec load_columns(const Bf16* const (&rows)[2]) {
+    const auto low = (Lanes::Words)Sums::load(rows[0]) >> 16;
+    return (Vec)(low | (Lanes::Words)Sums::load(rows[1]));
+  }
+
+  static Number weights(const Weight* p) {
+    Number pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return pair;
+  }
+  static float widen(Weight p) { return __builtin_bit_cast(float, uint32_t{p.bits} << 16); }
+
+  static void store_step(const Sums::Vec (&rows)[2], Number* step) {
+    Lanes::store(interleave(_mm512_cvtne2ps_pbh(rows[1], rows[0])), step);
+  }
+  static void store_step(const Sums::Vec (&rows)[2], Number* step, Number* const (&columns)[2]) {
+    const __m512bh narrow = _mm512_cvtne2ps_pbh(rows[1], rows[0]);  // rows[0] in the lower half
+    Lanes::store(interleave(narrow), step);
+    __builtin_memcpy(columns[0], &narrow, sizeof narrow / 2);
+    __builtin_memcpy(columns[1], (const char*)&narrow + sizeof narrow / 2, sizeof narrow / 2);
+  }
+  static Vec interleave(__m512bh rows) {
+    typedef int16_t Shorts __attribute__((vector_size(64)));
+    const auto r = (Shorts)rows;
+    return (Vec)__builtin_shufflevector(r, r, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                        23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                        15, 31);
+  }
+
+  static __m512 multiply_add(__m512 sum, Vec a, Vec b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+
+}  // namespace
+}  // namespace online_attention::cpu::avx512_bf16
