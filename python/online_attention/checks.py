@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _C
 
@@ -192,23 +191,6 @@ def check_unbuilt(**keywords: object) -> None:
             f"{name} is not built yet in this version of online_attention: leave it out, or use "
             "torch.nn.functional.scaled_dot_product_attention."
         )
-
-
-def needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether autograd, backward or forward, would have to differentiate the result."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v))
-
-
-def refuse_gradient() -> NoReturn:
-    """Say that gradients are not built."""
-    raise NotImplementedError(
-        "q, k or v requires a gradient, which is not built yet in this version of "
-        "online_attention: call it under torch.no_grad(), or detach the inputs."
-    )
 
 
 def _kind(value: object) -> str:

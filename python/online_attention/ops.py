@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`attention` and what torch needs to know of the operator under it."""
+"""`attention`: the keywords checked, the inputs converted, the right route taken."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import _C, checks
-
-# Loading _C registers the operators, after `import torch` has loaded the libraries it links.
-assert _C is not None
-_forward = torch.ops.online_attention.forward.default
-
-TOP_LEFT, BOTTOM_RIGHT = 0, 1
-UNBOUNDED = -1
+from . import autograd, checks, operators
+from .operators import BOTTOM_RIGHT, UNBOUNDED
 
 
 @overload
@@ -180,14 +174,15 @@ def forward(
     try:
         if any_autocast_enabled():
             q, k, v = autocast(q, k, v)
-        if checks.needs_gradient(q, k, v):
-            checks.refuse_gradient()
         if not (scale is None or type(scale) is float):
             scale = checks.check_scale(scale)
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        result: tuple[Tensor, Tensor] = _forward(
-            q, k, v, scale, alignment, UNBOUNDED, 0 if causal else UNBOUNDED, deterministic
+        if deterministic is None and torch.are_deterministic_algorithms_enabled():
+            deterministic = True
+        right = 0 if causal else UNBOUNDED
+        if autograd.is_active(q, k, v):
+            return autograd.attention(q, k, v, scale, alignment, UNBOUNDED, right, deterministic)
+        result: tuple[Tensor, Tensor] = operators.forward(
+            q, k, v, scale, alignment, UNBOUNDED, right, deterministic is True
         )
     except Exception:
         fault = checks.fault_of_call(names, q, k, v, scale)
@@ -214,43 +209,3 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         else t
         for t in tensors
     )
-
-
-def _memory_order(q: Tensor) -> list[int]:
-    """Dimensions B, H and S_q of the output from the slowest to the fastest, as in the query."""
-    strides = q.stride()[:3]
-    order = [0, 1, 2]
-    if 0 not in strides:  # a broadcast query has no memory order to keep
-        order.sort(key=lambda dim: strides[dim], reverse=True)
-    return order
-
-
-@torch.library.register_fake("online_attention::forward")
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    checks.check_tensors(checks.NAMES, q, k, v)
-    checks.check_shapes(checks.NAMES, q, k, v)
-    B, H, S_q, _ = q.shape
-    sizes = (B, H, S_q, v.shape[3])
-    order = [*_memory_order(q), 3]
-    out = q.new_empty([sizes[dim] for dim in order])
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty((B, H, S_q), dtype=lse_dtype)
-    return out.permute([order.index(dim) for dim in range(4)]), lse
-
-
-@torch.library.register_vmap("online_attention::forward")
-def _forward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, *settings: Any
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """Makes the mapped dimension a part of the batch."""
-
-    def folded(tensor: Tensor, dim: int | None) -> Tensor:
-        if dim is None:
-            return tensor.expand(info.batch_size, *tensor.shape).flatten(0, 1)
-        return tensor.movedim(dim, 0).flatten(0, 1)
-
-    B = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
-    q, k, v = (folded(t, dim) for t, dim in zip((q, k, v), in_dims, strict=False))
-    out, lse = _forward(q, k, v, *settings)
-    sizes = (info.batch_size, B)
-    return (out.unflatten(0, sizes), lse.unflatten(0, sizes)), (0, 0)

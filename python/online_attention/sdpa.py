@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .ops import TOP_LEFT, forward
+from .operators import TOP_LEFT
+from .ops import forward
 
 NAMES = ("query", "key", "value")
 

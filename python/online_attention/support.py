@@ -106,8 +106,6 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
         if all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)):
             q, k, v = ops.autocast(q, k, v)
         checks.check_call(checks.NAMES, q, k, v, scale)
-        if checks.needs_gradient(q, k, v):
-            checks.refuse_gradient()
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"Nothing runs this call: {error}"
     arch = 0
