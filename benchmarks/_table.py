@@ -238,7 +238,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
             f"the baseline's own {unit}. ± is half the distance of the 20th to the 80th percentile."
         )
     lines.append(f"Timed and checked: {report['function']}.")
-    if report["pass"] != "forward" and not report["check_only"]:
+    if report["pass"] != "forward" and unit != "us" and not report["check_only"]:
         lines.append(
             "Counted are the matrix products: two forward, five backward; half of them if causal."
         )
