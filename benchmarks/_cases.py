@@ -10,6 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 PASSES = ("forward", "backward", "forward_backward")
+
+
+def pass_text(which_pass: str) -> str:
+    """The pass in words."""
+    return which_pass.replace("_", " and ")
+
+
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -74,7 +81,7 @@ def _square(family: str, batch: int, heads: int, length: int, d: int, causal: bo
 
 
 def grid(head_dims: tuple[int, ...], lengths: tuple[int, ...]) -> list[Case]:
-    """Rows of the forward grid: 16384 tokens, H * D = 2048."""
+    """16384 tokens, H * D = 2048."""
     return [
         _square("grid", GRID_TOKENS // length, GRID_WIDTH // d, length, d, causal)
         for d in head_dims
@@ -99,6 +106,12 @@ def quick(device_type: str) -> list[Case]:
 
 def forward(device_type: str) -> list[Case]:
     return grid((64, 128, 256), GRID_LENGTHS)
+
+
+def backward(device_type: str) -> list[Case]:
+    """The forward suite's grid, and the grouped heads of a large model."""
+    model = [Case("llama_gqa", 1, 64, 8, 8192, 8192, 128, 128, causal) for causal in MASKS]
+    return [*forward(device_type), *model]
 
 
 def shapes(device_type: str) -> list[Case]:
@@ -165,6 +178,7 @@ class Suite:
 
     case_seconds: how long the rounds of one case go on at most, once there are three of them; a
         busy machine then costs samples and not patience.
+    which_pass: what is timed unless --pass says otherwise.
     """
 
     name: str
@@ -173,6 +187,7 @@ class Suite:
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
     measures_host_time: bool = False
     case_seconds: float = 30.0
+    which_pass: str = "forward"
 
     def dtypes(self, device_type: str) -> tuple[str, ...]:
         return self.gpu_dtypes if device_type == "cuda" else self.cpu_dtypes
@@ -183,6 +198,7 @@ SUITES = {
     for suite in (
         Suite("quick", quick, case_seconds=1.2),
         Suite("forward", forward),
+        Suite("backward", backward, case_seconds=3.0, which_pass="backward"),
         Suite("shapes", shapes),
         Suite("fp32", fp32, gpu_dtypes=("fp32",), cpu_dtypes=("fp32",)),
         Suite("cpu", cpu, gpu_dtypes=("fp32", "bf16")),

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +45,7 @@ class Contender:
         attention itself (views, masks) happens here, outside the timing.
     out: takes what the call returned to an output of shape (B, H, S_q, D_v).
     context: entered around a block of calls, not around each one.
+    no_gradients: why it has none; None if it has.
     """
 
     name: str
@@ -54,6 +53,28 @@ class Contender:
     out: Callable[[Any], torch.Tensor] = lambda result: result
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     is_sdpa: bool = False
+    no_gradients: str | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v of one call; for the passes with gradients that of the output too, else None."""
+
+    tensors: Tensors
+    dout: torch.Tensor | None = None
+
+
+def draw_inputs(case: Case, dtype: str, device: torch.device, seed: int, gradients: bool) -> Inputs:
+    """Random inputs, in memory as `make_inputs` has them; they require gradients if wanted."""
+    tensors = make_inputs(case, dtype, device, seed)
+    if not gradients:
+        return Inputs(tensors)
+    like_out = replace(case, d=case.d_v)
+    # Any other seed will do: a gradient equal to q would be a special case.
+    dout, _, _ = make_inputs(like_out, dtype, device, seed=seed + 1_000_003)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    return Inputs(tensors, dout)
 
 
 def make_inputs(case: Case, dtype: str, device: torch.device, seed: int) -> Tensors:
@@ -75,13 +96,10 @@ def make_inputs(case: Case, dtype: str, device: torch.device, seed: int) -> Tens
     )
 
 
-def _bind_ours(case: Case, tensors: Tensors, return_lse: bool = False) -> Call:
+def _bind_ours(case: Case, tensors: Tensors, **keywords: Any) -> Call:
     import online_attention
 
-    q, k, v = tensors
-    if return_lse:
-        return partial(online_attention.attention, q, k, v, causal=case.causal, return_lse=True)
-    return partial(online_attention.attention, q, k, v, causal=case.causal)
+    return partial(online_attention.attention, *tensors, causal=case.causal, **keywords)
 
 
 def _bind_sdpa(case: Case, tensors: Tensors) -> Call:
@@ -112,19 +130,23 @@ def _fa3_out(result: Any) -> torch.Tensor:
 
 OURS = Contender("ours", _bind_ours)
 OURS_WITH_LSE = Contender("ours + lse", partial(_bind_ours, return_lse=True), out=lambda r: r[0])
+# Beside `ours` in torch's deterministic mode, which it does not follow.
+OURS_ANY_ORDER = Contender("ours, any order", partial(_bind_ours, deterministic=False))
 
 
 def _baseline(name: str) -> Contender:
     if name == "sdpa":
         return Contender(name, _bind_sdpa, is_sdpa=True)
     if name == "fa3":
-        return Contender(name, _bind_fa3, out=_fa3_out)
+        return Contender(
+            name, _bind_fa3, out=_fa3_out, no_gradients="its package has the forward pass alone"
+        )
     return Contender(
         name, _bind_sdpa, context=partial(sdpa_kernel, SDPA_BACKENDS[name]), is_sdpa=True
     )
 
 
-def default_baselines(device_type: str, host_time: bool) -> tuple[str, ...]:
+def default_baselines(device_type: str, host_time: bool, which_pass: str) -> tuple[str, ...]:
     """The baselines a device can have.
 
     On a GPU plain SDPA is one of the backends listed beside it, so it is timed only where the
@@ -133,85 +155,16 @@ def default_baselines(device_type: str, host_time: bool) -> tuple[str, ...]:
     if device_type == "cpu":
         return ("sdpa", "flash", "math")
     backends: tuple[str, ...] = tuple(SDPA_BACKENDS)
-    if importlib.util.find_spec(FA3_MODULE) is not None:
+    if which_pass == "forward" and importlib.util.find_spec(FA3_MODULE) is not None:
         backends = (*backends, "fa3")
     return ("sdpa", *backends) if host_time else backends
 
 
-def contenders(names: tuple[str, ...], host_time: bool) -> list[Contender]:
+def contenders(names: tuple[str, ...], host_time: bool, deterministic: bool) -> list[Contender]:
     """Ours first, then the baselines in the order asked for."""
-    ours = [OURS, OURS_WITH_LSE] if host_time else [OURS]
+    ours = [OURS]
+    if host_time:
+        ours.append(OURS_WITH_LSE)
+    if deterministic:
+        ours.append(OURS_ANY_ORDER)
     return ours + [_baseline(name) for name in names]
-
-
-def math_does_not_fit(case: Case, device: torch.device) -> str | None:
-    """A sentence if the score matrix of the math backend would not fit, else None.
-
-    It keeps scores, weights and one temporary, in fp32 whatever the 16-bit input dtype.
-    """
-    needed = 3 * 4 * case.batch * case.heads * case.s_q * case.s_kv
-    free = free_memory(device)
-    if needed <= free / 2:
-        return None
-    return (
-        f"not timed: its score matrix and temporaries need about {needed / 2**30:.0f} GiB, "
-        f"more than half of the {free / 2**30:.0f} GiB free"
-    )
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of the device; on a CPU the kernel's estimate, or 4 GiB where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            fields = dict(line.split(":", 1) for line in meminfo)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 4 * 2**30
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a contender did not take a case; `not_built` if it says so itself."""
-
-    reason: str
-    not_built: bool = False
-
-
-def first_call(contender: Contender, case: Case, tensors: Tensors) -> tuple[Any, Refusal | None]:
-    """Calls once: (what it returned, None), or (None, why this contender does not take the case).
-
-    SDPA says why a backend refuses only in warnings, so they are collected into the reason.
-    """
-    if contender.name == "math":
-        reason = math_does_not_fit(case, tensors[0].device)
-        if reason:
-            return None, Refusal(reason)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            with torch.no_grad(), contender.context():
-                result = contender.bind(case, tensors)()
-            if tensors[0].is_cuda:
-                torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return None, Refusal("out of memory")
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
-            said = [_sentence(str(warning.message)) for warning in caught]
-            # Headings, and the other backends' reason, that they are switched off, say nothing.
-            noise = ("not used because:", "runtime disabled.")
-            reasons = [text for text in said if text and not text.endswith(noise)]
-            # Every other backend explains itself too; the one asked for is named in its own.
-            own = [text for text in reasons if contender.name in text.lower()]
-            chosen = own or reasons or [_sentence(str(error)) or type(error).__name__]
-            not_built = isinstance(error, NotImplementedError)
-            return None, Refusal(" ".join(dict.fromkeys(chosen)), not_built)
-    return result, None
-
-
-def _sentence(message: str) -> str:
-    """The first line of a message, without the source position of the build it came from."""
-    lines = message.strip().splitlines()
-    return re.sub(r"\s*\(Triggered internally at .*", "", lines[0]).strip() if lines else ""

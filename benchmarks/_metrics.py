@@ -9,27 +9,31 @@ from typing import Any
 
 from _cases import ELEMENT_BYTES, Case
 
-# Forward is two matrix products (q kT, p v), backward five (the scores again, dv, dp, dq, dk).
-PRODUCTS_RELATIVE_TO_FORWARD = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}
-
 
 def flops(case: Case, which_pass: str = "forward") -> float:
     """Floating-point operations of the matrix products, as the field counts them.
 
-    2 B H S_q S_kv (D + D_v), which is 4 B H S_q S_kv D for equal head sizes; half of it when
-    causal; 2.5 times as much backward. Exponentials are not counted.
+    Forward has two products, q kT of D and p v of D_v: 2 B H S_q S_kv (D + D_v), which is
+    4 B H S_q S_kv D for equal head sizes. Backward has five, the scores again, dq and dk of D, dp
+    and dv of D_v: 2 B H S_q S_kv (3 D + 2 D_v), 2.5 times as much for equal head sizes. Half of it
+    when causal. Exponentials are not counted, nor what a kernel computes more than once.
     """
-    products = 2.0 * case.batch * case.heads * case.s_q * case.s_kv * (case.d + case.d_v)
-    if case.causal:
-        products /= 2
-    return products * PRODUCTS_RELATIVE_TO_FORWARD[which_pass]
+    pairs = float(case.batch * case.heads * case.s_q * case.s_kv)
+    widths = {"forward": case.d + case.d_v, "backward": 3 * case.d + 2 * case.d_v}
+    widths["forward_backward"] = widths["forward"] + widths["backward"]
+    return 2.0 * pairs * widths[which_pass] / (2 if case.causal else 1)
 
 
-def moved_bytes(case: Case, dtype: str) -> int:
-    """The fewest bytes a forward can move: q, k and v read once, out written once."""
+# Forward reads q, k, v and writes out; backward reads all four and dout, and writes dq, dk, dv.
+BYTES_RELATIVE_TO_FORWARD = {"forward": 1, "backward": 2, "forward_backward": 3}
+
+
+def moved_bytes(case: Case, dtype: str, which_pass: str = "forward") -> int:
+    """The fewest bytes a pass can move: each of its tensors once, the log-sum-exp not counted."""
     per_query = case.batch * case.heads * case.s_q * (case.d + case.d_v)
     per_key = case.batch * case.heads_kv * case.s_kv * (case.d + case.d_v)
-    return (per_query + per_key) * ELEMENT_BYTES[dtype]
+    once = (per_query + per_key) * ELEMENT_BYTES[dtype]
+    return once * BYTES_RELATIVE_TO_FORWARD[which_pass]
 
 
 def naive_bytes(case: Case, dtype: str) -> int:
@@ -54,11 +58,22 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def group_of(row: dict[str, Any]) -> tuple[str, str]:
-    """The group (head size, mask) that a result row is averaged in."""
+Group = tuple[str, str, str]
+
+
+def group_of(row: dict[str, Any]) -> Group:
+    """The group (family, head size, mask) that a result row is averaged in."""
     case = row["case"]
     head_dim = f"{case['d']}" if case["d"] == case["d_v"] else f"{case['d']}, {case['d_v']}"
-    return head_dim, "causal" if case["causal"] else "full"
+    return case["family"], head_dim, "causal" if case["causal"] else "full"
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:
+    """The rows of each group, groups and rows in the order of `rows`."""
+    groups: dict[Group, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
 
 
 def ratio(row: dict[str, Any], baseline: str) -> float | None:
@@ -69,21 +84,16 @@ def ratio(row: dict[str, Any], baseline: str) -> float | None:
 
 
 def geometric_means(rows: list[dict[str, Any]], baselines: Sequence[str]) -> list[dict[str, Any]]:
-    """Per (D, mask), then over all rows: the geometric mean of the ratios to each baseline."""
-    groups: dict[tuple[str, str] | None, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
-    groups[None] = rows
+    """Per group, then over all rows: the geometric mean of the ratios to each baseline."""
     means = []
-    for group, members in groups.items():
+    for group, members in [*grouped(rows).items(), (("all", "all", "all"), rows)]:
         found = {
             name: [r for r in (ratio(row, name) for row in members) if r is not None]
             for name in baselines
         }
         means.append(
             {
-                "D": group[0] if group else "all",
-                "mask": group[1] if group else "all",
+                **dict(zip(("family", "D", "mask"), group, strict=True)),
                 "ratios": {name: geometric_mean(rs) for name, rs in found.items() if rs},
                 "rows": {name: len(rs) for name, rs in found.items() if rs},
             }

@@ -6,12 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from _metrics import group_of
+from _cases import pass_text
+from _metrics import Group, grouped
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; ours is black and thick.
 COLOURS = {
     "ours": "#000000",
     "ours + lse": "#999999",
+    "ours, any order": "#777777",
     "sdpa": "#56B4E9",
     "flash": "#E69F00",
     "efficient": "#CC79A7",
@@ -33,9 +35,7 @@ def write_plot(report: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups: dict[tuple[str, str], Rows] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
+    groups = grouped(rows)
     columns = 2 if len(groups) > 1 else 1
     lines = -(-len(groups) // columns)
     figure, axes = plt.subplots(
@@ -43,10 +43,10 @@ def write_plot(report: dict[str, Any], path: Path) -> bool:
     )
     names = ["ours", *report["baselines"]]
     scale, unit = _unit(report, rows)
-    draw = _draw_lines if _has_curves(groups) else _draw_bars
     for axis, (group, members) in zip(axes.flat, groups.items(), strict=False):
+        draw = _draw_lines if _is_curve(members) else _draw_bars
         draw(axis, members, names, scale)
-        axis.set_title(f"D {group[0]}, {group[1]}")
+        axis.set_title(_panel_title(group, groups))
         axis.set_ylabel(unit)
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
@@ -56,7 +56,7 @@ def write_plot(report: dict[str, Any], path: Path) -> bool:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     environment = report["environment"]
     figure.suptitle(
-        f"{environment['device']}, {report['dtype']} {report['pass']}, "
+        f"{environment['device']}, {report['dtype']} {pass_text(report['pass'])}, "
         f"torch {environment['torch']}, {environment['date'][:10]}"
     )
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
@@ -80,13 +80,16 @@ def _value(result: dict[str, Any] | None, scale: float) -> float:
     return result["tflops"] * scale if scale else result["median_ms"] * 1e3
 
 
-def _has_curves(groups: dict[tuple[str, str], Rows]) -> bool:
-    """Whether every panel is a curve over S: at least two lengths, each of them once."""
-    for rows in groups.values():
-        lengths = [row["case"]["s_kv"] for row in rows]
-        if len(lengths) < 2 or len(set(lengths)) != len(lengths):
-            return False
-    return True
+def _is_curve(rows: Rows) -> bool:
+    """Whether a panel is a curve over S: at least two lengths, each of them once."""
+    lengths = [row["case"]["s_kv"] for row in rows]
+    return len(lengths) >= 2 and len(set(lengths)) == len(lengths)
+
+
+def _panel_title(group: Group, groups: dict[Group, Rows]) -> str:
+    family, head_dim, mask = group
+    several = len({other for other, _, _ in groups}) > 1
+    return f"{family}, " * several + f"D {head_dim}, {mask}"
 
 
 def _draw_lines(axis: Any, rows: Rows, names: list[str], scale: float) -> None:

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from _cases import Case
-from _contenders import TORCH_DTYPES, Call, Contender, Tensors, make_inputs
+from _contenders import TORCH_DTYPES, Call, Contender, Inputs, draw_inputs
 from _metrics import flops, moved_bytes, percentile
+from _passes import bind, entered
 
 MAX_SETS = 64
 MAX_CALLS = 2000
@@ -47,12 +48,14 @@ class Settings:
 
     rounds: samples per contender; after MIN_ROUNDS they end when case_seconds are over.
     min_time: seconds a block lasts at least.
+    which_pass: what a call is.
     """
 
     rounds: int
     min_time: float
     case_seconds: float = math.inf
     host_time: bool = False
+    which_pass: str = "forward"
 
 
 def default_settings(device_type: str, host_time: bool) -> Settings:
@@ -67,9 +70,9 @@ def l2_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
-def input_sets(case: Case, dtype: str, device: torch.device) -> int:
+def input_sets(case: Case, dtype: str, device: torch.device, which_pass: str) -> int:
     """How many sets of inputs a block rotates over (see the module's docstring)."""
-    wanted = math.ceil(2 * l2_bytes(device) / moved_bytes(case, dtype))
+    wanted = math.ceil(2 * l2_bytes(device) / moved_bytes(case, dtype, which_pass))
     return min(max(wanted, 1), MAX_SETS)
 
 
@@ -136,67 +139,89 @@ def balanced_order(count: int, round_index: int) -> list[int]:
 def time_case(
     case: Case,
     dtype: str,
-    first_set: Tensors,
+    first_set: Inputs,
     takers: list[Contender],
     settings: Settings,
     on_block: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Times every contender of one case; `on_block` is told whose turn it is."""
-    device = first_set[0].device
-    on_gpu = device.type == "cuda"
-    count_sets = input_sets(case, dtype, device)
-    sets = [first_set]
-    sets += [make_inputs(case, dtype, device, seed=1 + i) for i in range(count_sets - 1)]
-    block = block_timer(device.type, settings.host_time)
-    bound = {taker.name: [taker.bind(case, tensors) for tensors in sets] for taker in takers}
-    counts: dict[str, int] = {}
-    samples: dict[str, list[float]] = {taker.name: [] for taker in takers}
-    with torch.no_grad():
-        for taker in takers:
-            on_block(taker.name)
-            with taker.context():
-                counts[taker.name] = _calls_per_block(bound[taker.name], block, settings, on_gpu)
-        started = time.perf_counter()
-        for round_index in range(settings.rounds):
-            spent = time.perf_counter() - started
-            if round_index >= MIN_ROUNDS and spent > settings.case_seconds:
-                break
-            for taker in (takers[i] for i in balanced_order(len(takers), round_index)):
-                on_block(taker.name)
-                name, count = taker.name, counts[taker.name]
-                with taker.context():
-                    # Takes over clock, caches and threads from the contender before.
-                    for _ in range(max(count // 2, 1) if on_gpu else count > 3):
-                        bound[name][-1]()
-                    samples[name].append(block(bound[name], count) / count * 1e3)
+    device = first_set.tensors[0].device
+    which_pass = settings.which_pass
+    count_sets = input_sets(case, dtype, device, which_pass)
+    sets = [first_set] + [
+        draw_inputs(case, dtype, device, seed=1 + i, gradients=first_set.dout is not None)
+        for i in range(count_sets - 1)
+    ]
+    bound: dict[str, list[Call]] = {}
+    for taker in takers:
+        with entered(taker, which_pass):
+            bound[taker.name] = [bind(taker, case, inputs, which_pass) for inputs in sets]
+    counts, samples = _run_rounds(takers, bound, settings, device.type, on_block)
     results = {}
     for taker in takers:
-        result = _summary(case, dtype, samples[taker.name])
+        result = _summary(case, dtype, samples[taker.name], which_pass)
         result["calls_per_sample"] = counts[taker.name]
         result["input_sets"] = count_sets
-        result["peak_bytes"] = peak_bytes(taker, bound[taker.name][0]) if on_gpu else None
+        result["peak_bytes"] = None
+        if device.type == "cuda":
+            result["peak_bytes"] = peak_bytes(taker, bound[taker.name][0], which_pass)
         results[taker.name] = result
     return results
 
 
-def _summary(case: Case, dtype: str, samples_ms: list[float]) -> dict[str, Any]:
+def _run_rounds(
+    takers: list[Contender],
+    bound: dict[str, list[Call]],
+    settings: Settings,
+    device_type: str,
+    on_block: Callable[[str], None],
+) -> tuple[dict[str, int], dict[str, list[float]]]:
+    """Calls per block, and the samples (ms), of each contender."""
+    on_gpu = device_type == "cuda"
+    block = block_timer(device_type, settings.host_time)
+    counts: dict[str, int] = {}
+    samples: dict[str, list[float]] = {taker.name: [] for taker in takers}
+    for taker in takers:
+        on_block(taker.name)
+        with entered(taker, settings.which_pass):
+            counts[taker.name] = _calls_per_block(bound[taker.name], block, settings, on_gpu)
+    started = time.perf_counter()
+    for round_index in range(settings.rounds):
+        spent = time.perf_counter() - started
+        if round_index >= MIN_ROUNDS and spent > settings.case_seconds:
+            break
+        for taker in (takers[i] for i in balanced_order(len(takers), round_index)):
+            on_block(taker.name)
+            name, count = taker.name, counts[taker.name]
+            with entered(taker, settings.which_pass):
+                # Takes over clock, caches and threads from the contender before.
+                for _ in range(max(count // 2, 1) if on_gpu else count > 3):
+                    bound[name][-1]()
+                samples[name].append(block(bound[name], count) / count * 1e3)
+    return counts, samples
+
+
+def _summary(case: Case, dtype: str, samples_ms: list[float], which_pass: str) -> dict[str, Any]:
     median = percentile(samples_ms, 0.5)
     return {
         "median_ms": median,
         "p20_ms": percentile(samples_ms, 0.2),
         "p80_ms": percentile(samples_ms, 0.8),
-        "tflops": flops(case) / median / 1e9,
-        "gbytes_per_s": moved_bytes(case, dtype) / median / 1e6,
+        "tflops": flops(case, which_pass) / median / 1e9,
+        "gbytes_per_s": moved_bytes(case, dtype, which_pass) / median / 1e6,
         "samples_ms": samples_ms,
     }
 
 
-def peak_bytes(taker: Contender, call: Call) -> int:
-    """What one call takes from torch's CUDA allocator at its peak: output, lse and workspace."""
+def peak_bytes(taker: Contender, call: Call, which_pass: str) -> int:
+    """What one call takes from torch's CUDA allocator at its peak: results and workspace.
+
+    Of the backward pass alone, what the forward before it has saved is not a part.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad(), taker.context():
+    with entered(taker, which_pass):
         call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

@@ -7,9 +7,14 @@ checks ours and every baseline against an fp64 reference, times them in turns, p
 and writes a JSON file with every sample and a plot to benchmarks/results/. The exit status is 0
 if every result is right, 1 if one is wrong, 2 for arguments that cannot be.
 
-Timed is `attention(q, k, v, causal=...)` without gradients. Its causal mask is aligned to the
+Timed is `attention(q, k, v, causal=...)` without gradients; with `--pass backward` the gradients
+of q, k and v alone, with `--pass forward_backward` both. Its causal mask is aligned to the
 bottom right, that of SDPA's `is_causal` to the top left: the same for S_q == S_kv, which every
 suite has. For a causal `--shapes` with other lengths SDPA gets the bottom-right mask as a tensor.
+
+`--deterministic` puts torch into its deterministic mode. Ours follows it, and is timed beside
+itself with `deterministic=False`: what the mode costs. A baseline without a deterministic kernel
+refuses, and that every call of ours gives the same bits is checked.
 """
 
 from __future__ import annotations
@@ -32,11 +37,17 @@ if TYPE_CHECKING:
 
     from _timing import Settings
 
-SCHEMA = 1
+SCHEMA = 2
 RIGHT, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 DEFAULT_OUT = Path(__file__).resolve().parent / "results"
 BASELINE_NAMES = ("sdpa", "flash", "efficient", "cudnn", "math", "fa3")
-FUNCTION = "online_attention.attention(q, k, v, causal=...), forward, no gradients"
+FUNCTIONS = {
+    "forward": "online_attention.attention(q, k, v, causal=...), forward, no gradients",
+    "backward": "the gradients of q, k and v of online_attention.attention(q, k, v, causal=...): "
+    "torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), without the forward before it",
+    "forward_backward": "online_attention.attention(q, k, v, causal=...), then "
+    "torch.autograd.grad(out, (q, k, v), dout)",
+}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -49,7 +60,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--shapes", action="append", metavar=SHAPE_FIELDS, help="a case of your own; repeatable")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda if there is one)")
     add("--dtype", nargs="+", choices=DTYPES, help="default: the suite's own")
-    add("--pass", dest="which_pass", choices=PASSES, default="forward")
+    add("--pass", dest="which_pass", choices=PASSES, help="default: the suite's own")
+    add(
+        "--deterministic", action="store_true",
+        help="in torch's deterministic mode, beside ours out of it",
+    )  # fmt: skip
     add("--head-dim", nargs="+", type=int, metavar="D", help="only cases with these head sizes")
     mask = parser.add_mutually_exclusive_group()
     mask.add_argument("--causal", action="store_true", help="only causal cases")
@@ -65,7 +80,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--commit", help="the commit to record, for a copy of the tree without its history")
     add("--no-plot", action="store_true", help="write no PNG")
     add("--quiet", action="store_true", help="print no progress and no tables")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.which_pass is None:
+        arguments.which_pass = default_pass(arguments)
+    return arguments
+
+
+def default_pass(arguments: argparse.Namespace) -> str:
+    return "forward" if arguments.shapes else SUITES[arguments.suite].which_pass
 
 
 def missing_sentence(arguments: argparse.Namespace) -> str | None:
@@ -121,6 +143,7 @@ def choose_settings(arguments: argparse.Namespace, device_type: str, host_time: 
     from _timing import default_settings
 
     settings = default_settings(device_type, host_time)
+    settings = replace(settings, which_pass=arguments.which_pass)
     if arguments.rounds is not None:
         if arguments.rounds < 1:
             raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
@@ -136,8 +159,13 @@ def choose_settings(arguments: argparse.Namespace, device_type: str, host_time: 
 
 
 def suite_name(arguments: argparse.Namespace) -> str:
-    """The suite's name with its filters, so that a part never overwrites the whole."""
+    """The suite's name with its filters, so that a part never overwrites the whole.
+
+    And with the pass, where it is not the suite's own.
+    """
     words = ["custom" if arguments.shapes else arguments.suite]
+    words += [arguments.which_pass] * (arguments.which_pass != default_pass(arguments))
+    words += ["deterministic"] * arguments.deterministic
     words += [f"d{d}" for d in arguments.head_dim or ()]
     words += ["causal"] * arguments.causal + ["full"] * arguments.full
     words += ["check"] * arguments.check_only
@@ -160,22 +188,24 @@ class Run:
         self.cases = choose_cases(arguments, kind)
         self.dtypes = tuple(dict.fromkeys(arguments.dtype or suite.dtypes(kind)))
         if arguments.baselines is None:
-            names = default_baselines(kind, host_time)
+            names = default_baselines(kind, host_time, arguments.which_pass)
         else:
             names = tuple(dict.fromkeys(arguments.baselines))
-        self.contenders = contenders(names, host_time)
+        self.contenders = contenders(names, host_time, arguments.deterministic)
         self.presenter = SilentPresenter() if arguments.quiet else RichPresenter()
 
     def measure(self, case: Case, dtype: str) -> dict[str, Any]:
         """Checks one case, and times it if ours is right: a wrong result has no speed."""
         from _check import check
-        from _contenders import make_inputs
+        from _contenders import draw_inputs
         from _environment import without_paths
+        from _passes import gradients_wanted
         from _timing import time_case
 
-        tensors = make_inputs(case, dtype, self.device, seed=0)
+        which_pass = self.arguments.which_pass
+        inputs = draw_inputs(case, dtype, self.device, 0, gradients_wanted(which_pass))
         self.presenter.step(case, dtype, "checking")
-        found, refused = check(case, dtype, tensors, self.contenders)
+        found, refused = check(case, dtype, inputs, self.contenders, which_pass)
         status, reason = "ok", None
         if "ours" in refused:
             status = "not built" if refused["ours"].not_built else "failed"
@@ -186,7 +216,7 @@ class Run:
         if status == "ok" and not self.arguments.check_only:
             takers = [taker for taker in self.contenders if taker.name not in refused]
             results = time_case(
-                case, dtype, tensors, takers, self.settings,
+                case, dtype, inputs, takers, self.settings,
                 lambda name: self.presenter.step(case, dtype, name),
             )  # fmt: skip
         if self.device.type == "cuda":
@@ -200,10 +230,10 @@ class Run:
             "case": case.as_json(),
             "status": status,
             "reason": reason,
-            "flops": flops(case),
-            "moved_bytes": moved_bytes(case, dtype),
+            "flops": flops(case, which_pass),
+            "moved_bytes": moved_bytes(case, dtype, which_pass),
             "naive_bytes": naive_bytes(case, dtype),
-            "explain": explanation(case, tensors),
+            "explain": explanation(case, inputs.tensors),
             "check": found,
             "skipped": {
                 name: without_paths(refusal.reason)
@@ -225,7 +255,8 @@ class Run:
             "suite": suite_name(self.arguments),
             "pass": self.arguments.which_pass,
             "dtype": dtype,
-            "function": FUNCTION,
+            "deterministic": self.arguments.deterministic,
+            "function": FUNCTIONS[self.arguments.which_pass],
             "check_only": self.arguments.check_only,
             "settings": without_infinities(asdict(self.settings)),
             "environment": describe(self.device, self.argv, self.arguments.commit),
@@ -236,8 +267,11 @@ class Run:
 
     def run(self) -> int:
         """Measures every dtype; returns the exit status."""
+        from _passes import deterministic_mode
+
         status = RIGHT
-        with self.presenter.start(len(self.cases) * len(self.dtypes)):
+        deterministic = deterministic_mode(self.arguments.deterministic)
+        with deterministic, self.presenter.start(len(self.cases) * len(self.dtypes)):
             reports = []
             for dtype in self.dtypes:
                 reports.append(self.measure_all(dtype))
@@ -315,13 +349,6 @@ def without_infinities(value: Any) -> Any:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
-    if arguments.which_pass != "forward":
-        print(
-            f"--pass {arguments.which_pass} is not built yet: gradients are not part of the "
-            "package so far; use --pass forward",
-            file=sys.stderr,
-        )
-        return USAGE
     missing = missing_sentence(arguments)
     if missing:
         print(missing, file=sys.stderr)

@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _metrics import geometric_mean, group_of
+from _cases import pass_text
+from _metrics import geometric_mean, group_of, grouped
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -84,43 +85,68 @@ def _table(header: list[str], lines: list[list[str]]) -> list[str]:
     ]
 
 
-def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
-    return groups
-
-
 def _tables(report: Report) -> list[str]:
-    """A line per (D, mask) with a column per length if that is what varies, else one per case."""
-    groups = _groups(report["rows"])
-    lengths = sorted({row["case"]["s_kv"] for row in report["rows"]})
-    by_length = len(lengths) > 1 and all(
-        len(rows) == len({row["case"]["s_kv"] for row in rows}) for rows in groups.values()
+    """One table per family, or, where no family is a grid over the lengths, one for all."""
+    families: dict[str, list[Row]] = {}
+    for row in report["rows"]:
+        families.setdefault(row["case"]["family"], []).append(row)
+    if not any(_is_grid(rows) for rows in families.values()):
+        return _case_table(report["rows"], report)
+    lines: list[str] = []
+    others: list[Row] = []
+    for rows in families.values():
+        if _is_grid(rows):
+            lines += [*_grid_table(rows, report), ""]
+        else:
+            others += rows
+    return [*lines, *_case_table(others, report)] if others else lines[:-1]
+
+
+def _is_grid(rows: list[Row]) -> bool:
+    """Whether the length is what varies within each (D, mask)."""
+    several = len({row["case"]["s_kv"] for row in rows}) > 1
+    return several and all(
+        len(members) == len({row["case"]["s_kv"] for row in members})
+        for members in grouped(rows).values()
     )
-    by_length = by_length and len({row["case"]["family"] for row in report["rows"]}) == 1
-    if by_length:
-        header = ["D", "mask", *(f"S {length}" for length in lengths), "geometric mean"]
-        lines = []
-        for group, rows in groups.items():
-            at = {row["case"]["s_kv"]: row for row in rows}
-            cells = [_cell(at.get(length), report) for length in lengths]
-            lines.append([*group, *cells, _mean_text(rows, report)])
-        return _table(header, lines)
+
+
+def _grid_table(rows: list[Row], report: Report) -> list[str]:
+    """A line per (D, mask) with a column per length."""
+    lengths = sorted({row["case"]["s_kv"] for row in rows})
+    header = ["D", "mask", *(f"S {length}" for length in lengths), "geometric mean"]
+    lines = []
+    for group, members in grouped(rows).items():
+        at = {row["case"]["s_kv"]: row for row in members}
+        cells = [_cell(at.get(length), report) for length in lengths]
+        lines.append([*group[1:], *cells, _mean_text(members, report)])
+    return _table(header, lines)
+
+
+def _case_table(rows: list[Row], report: Report) -> list[str]:
+    """A line per case."""
     header = ["case", "D, mask", "ours", "fastest peer"]
     lines = []
-    for row in report["rows"]:
+    for row in rows:
         peer = fastest_peer(row, report["baselines"])
         name = f"{row['case']['family']} {row['shape'].replace(' x ', '×')}"
-        lines.append([name, ", ".join(group_of(row)), _cell(row, report), peer[0] if peer else "–"])
+        group = ", ".join(group_of(row)[1:])
+        lines.append([name, group, _cell(row, report), peer[0] if peer else "–"])
     return _table(header, lines)
+
+
+def _what(report: Report) -> str:
+    """The dtype, and the pass unless it is the forward alone."""
+    which_pass = report.get("pass", "forward")
+    dtype = str(report["dtype"])
+    return dtype if which_pass == "forward" else f"{dtype} {pass_text(which_pass)}"
 
 
 def _heading(report: Report) -> str:
     environment = report["environment"]
     commit = (environment["commit"] or "unknown")[:10]
     words = [
-        f"**{environment['device']}, {report['dtype']}, suite `{report['suite']}`**",
+        f"**{environment['device']}, {_what(report)}, suite `{report['suite']}`**",
         f"torch {environment['torch']}",
     ]
     if environment["driver"]:
@@ -130,6 +156,14 @@ def _heading(report: Report) -> str:
     state = f"{commit} with changes" if environment["dirty"] else commit
     words += [f"commit {state}", environment["date"][:10]]
     return ", ".join(words) + "."
+
+
+def _counted(report: Report) -> str:
+    """What a speed with gradients counts."""
+    products = {"backward": "five", "forward_backward": "seven"}.get(report.get("pass", "forward"))
+    if products is None or report["settings"]["host_time"]:
+        return ""
+    return f", which counts {products} matrix products where the forward has two"
 
 
 def markdown(reports: list[Report]) -> str:
@@ -142,8 +176,8 @@ def markdown(reports: list[Report]) -> str:
         peers = ", ".join(name for name in report["baselines"] if not name.startswith("ours"))
         parts.append(
             f"{_heading(report)}\n"
-            f"{unit} of ours; in brackets the speed relative to the fastest of {peers or 'none'} "
-            "in the same run.\n"
+            f"{unit} of ours{_counted(report)}; in brackets the speed relative to the fastest of "
+            f"{peers or 'none'} in the same run.\n"
         )
         parts.append("\n".join(_tables(report)) + "\n")
         parts.append(f"Reproduce: `{report['environment']['command']}`\n")
@@ -152,7 +186,8 @@ def markdown(reports: list[Report]) -> str:
 
 def load(path: Path) -> Report:
     report: Report = json.loads(path.read_text())
-    if report.get("schema") != 1 or report.get("check_only"):
+    # Schema 2 has other checks than 1; what is read here is the same in both.
+    if report.get("schema") not in (1, 2) or report.get("check_only"):
         raise ValueError(f"{path.name} holds no timings that this script knows")
     return report
 

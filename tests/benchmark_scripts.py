@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the tests of benchmarks/ share."""
+
+import importlib.util
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TINY = ["--device", "cpu", "--shapes", "2,4,2,24,24,16,16", "--rounds", "2", "--min-time", "0"]
+
+
+@contextmanager
+def neighbours_importable():
+    """The scripts import their neighbours by name, as they do when run from the command line."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def naive_attention(q, k, v, causal):
+    """(out, scores), the bottom-right mask, and heads in groups of 2."""
+    s_q, s_kv = q.shape[2], k.shape[2]
+    visible = torch.ones(s_q, s_kv, dtype=torch.bool)
+    if causal:
+        visible = visible.tril(s_kv - s_q)
+    scores = q @ k.repeat_interleave(2, dim=1).transpose(2, 3) / math.sqrt(q.shape[3])
+    scores = scores.masked_fill(~visible, -math.inf)
+    # A row that sees no key has neither weights nor gradients, as softmax itself would have it.
+    weights = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0).softmax(-1)
+    weights = weights * visible.any(-1, keepdim=True)
+    return weights @ v.repeat_interleave(2, dim=1), scores
+
+
+def assert_ours_within_limits(row, tensors):
+    check = row["check"]
+    assert set(check["errors"]["ours"]) == set(check["limits"]) == tensors
+    for name, limit in check["limits"].items():
+        assert 0 < limit < 1
+        assert check["errors"]["ours"][name] <= limit
