@@ -44,6 +44,13 @@ class Band:
         end = self.s_kv if self.right == UNBOUNDED else min(self.s_kv, diagonal + self.right + 1)
         return (begin, end) if begin < end else (0, 0)
 
+    def column(self, kv_idx: int) -> tuple[int, int]:
+        """The queries that see key kv_idx, as a half-open range; (0, 0) if none."""
+        diagonal = kv_idx - (self.s_kv - self.s_q if self.alignment == "bottom_right" else 0)
+        begin = 0 if self.right == UNBOUNDED else max(0, diagonal - self.right)
+        end = self.s_q if self.left == UNBOUNDED else min(self.s_q, diagonal + self.left + 1)
+        return (begin, end) if begin < end else (0, 0)
+
 
 def lengths(largest: int):
     return st.integers(0, largest)
@@ -112,6 +119,33 @@ def test_range_of_a_tile_is_the_hull_of_its_rows(
         assert kv.size() == 0
 
 
+@given(band=SMALL, begin=st.integers(0, 20), keys=st.integers(1, 9))
+def test_queries_of_keys_are_the_hull_of_those_that_see_one(
+    whitebox: ModuleType, band: Band, begin: int, keys: int
+):
+    # The last tile may reach past s_kv: keys there do not exist.
+    queries = band.built(whitebox).q_range(begin, begin + keys, band.s_q)
+    seeing = [
+        q_idx
+        for q_idx in range(band.s_q)
+        if any(band.sees(q_idx, kv_idx) for kv_idx in range(begin, begin + keys))
+    ]
+    if seeing:
+        assert (queries.begin, queries.end) == (seeing[0], seeing[-1] + 1)
+    else:
+        assert queries.size() == 0
+
+
+@given(band=SMALL)
+def test_queries_of_one_key_are_the_set_that_sees_it(whitebox: ModuleType, band: Band):
+    mask = band.built(whitebox)
+    for kv_idx in range(band.s_kv + 2):
+        queries = mask.q_range(kv_idx, kv_idx + 1, band.s_q)
+        seeing = [q_idx for q_idx in range(band.s_q) if band.sees(q_idx, kv_idx)]
+        assert list(range(queries.begin, queries.end)) == seeing
+        assert queries.size() == len(seeing)
+
+
 @given(
     band=SMALL,
     q_begin=st.integers(0, 20),
@@ -149,6 +183,16 @@ def test_lengths_and_windows_near_the_limit_of_int32(whitebox: ModuleType, band:
         for kv_idx in (0, begin - 1, begin, end - 1, end, band.s_kv - 1):
             if 0 <= kv_idx < INT32_MAX:
                 assert mask.visible(q_idx, kv_idx) == band.sees(q_idx, kv_idx), (q_idx, kv_idx)
+
+
+@given(band=HUGE, data=st.data())
+def test_queries_of_a_key_near_the_limit_of_int32(whitebox: ModuleType, band: Band, data):
+    mask = band.built(whitebox)
+    keys = {0, 1, band.s_kv // 2, band.s_kv - 2, band.s_kv - 1}
+    keys.add(data.draw(st.integers(0, band.s_kv - 1)))
+    for kv_idx in sorted(key for key in keys if 0 <= key < band.s_kv):
+        queries = mask.q_range(kv_idx, kv_idx + 1, band.s_q)
+        assert (queries.begin, queries.end) == band.column(kv_idx), kv_idx
 
 
 @given(band=HUGE)

@@ -15,10 +15,12 @@ enum class Alignment : int8_t {
   bottom_right,  // the last query lies on the last key (decoding, flash-attention)
 };
 
-struct KvRange {  // half open: [begin, end)
+struct IndexRange {  // half open: [begin, end)
   int32_t begin = 0, end = 0;
   ONLINE_ATTENTION_HD int32_t size() const { return end > begin ? end - begin : 0; }
 };
+using KvRange = IndexRange;  // of keys
+using QRange = IndexRange;   // of queries
 
 // Query q_idx sees key kv_idx if 0 <= kv_idx < s_kv and
 // diagonal_min <= kv_idx - q_idx <= diagonal_max.
@@ -65,6 +67,19 @@ struct Mask {
         diagonal_min == -kUnbounded ? 0 : max64(0, int64_t{q_begin} + diagonal_min);
     const int64_t last =
         diagonal_max == kUnbounded ? s_kv : min64(s_kv, int64_t{q_end} + diagonal_max);
+    if (last <= first) return {0, 0};
+    return {static_cast<int32_t>(first), static_cast<int32_t>(last)};
+  }
+
+  // The smallest range of the s_q queries that holds every one that sees some key of
+  // [kv_begin, kv_end). Exact for a single key: there it is the set of queries that see it.
+  ONLINE_ATTENTION_HD QRange q_range(int32_t kv_begin, int32_t kv_end, int32_t s_q) const {
+    if (kv_end > s_kv) kv_end = s_kv;
+    if (kv_end <= kv_begin) return {0, 0};
+    const int64_t first =
+        diagonal_max == kUnbounded ? 0 : max64(0, int64_t{kv_begin} - diagonal_max);
+    const int64_t last =
+        diagonal_min == -kUnbounded ? s_q : min64(s_q, int64_t{kv_end} - diagonal_min);
     if (last <= first) return {0, 0};
     return {static_cast<int32_t>(first), static_cast<int32_t>(last)};
   }

@@ -31,6 +31,7 @@ void bind_mask(py::module_& module) {
       .def("is_banded", &Mask::is_banded)
       .def("visible", &Mask::visible)
       .def("kv_range", &Mask::kv_range)
+      .def("q_range", &Mask::q_range)
       .def("tile_needs_mask", &Mask::tile_needs_mask);
 
   module.attr("UNBOUNDED") = Mask::kUnbounded;
