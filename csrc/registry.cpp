@@ -10,6 +10,7 @@
 // The only place of the project where a build with CUDA kernels differs from one without.
 #if ONLINE_ATTENTION_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/portable/backward.h"
 #include "cuda/portable/forward.h"
 #endif
 
@@ -53,7 +54,7 @@ constexpr Runner kRunners[] = {
      .dtypes = kAllTypes,
      .head_dim_max = kAnyHeadDim,
      .forward = {cuda::portable::simt_workspace_bytes, cuda::portable::simt_forward},
-     .backward = {}},
+     .backward = {cuda::portable::simt_backward_workspace_bytes, cuda::portable::simt_backward}},
 #endif
     {.name = "cpu.tiled",
      .device = DeviceKind::cpu,
