@@ -58,7 +58,7 @@ constexpr Runner kRunners[] = {
      .dtypes = kAllTypes,
      .head_dim_max = kAnyHeadDim,
      .forward = {cuda::portable::simt_workspace_bytes, cuda::portable::simt_forward},
-     .backward = {}},
+     .backward = {cuda::portable::simt_backward_workspace_bytes, cuda::portable::simt_backward}},
 #endif
     {.name = "cpu.tiled",
      .device = DeviceKind::cpu,

@@ -88,13 +88,19 @@ struct Sizes {
   }
 };
 
+bool fits(const BackwardArgs& args, const Device& device) {
+  return config_of(bucket_of(args.shape), smem_class(device)).head_dim > 0;
+}
+
 }  // namespace
 
 int64_t tensor_core_backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
+  if (!fits(args, device)) return simt_backward_workspace_bytes(args, device);
   return Sizes(args, plan_for(args, device)).total();
 }
 
 Status tensor_core_backward(const BackwardArgs& args, const Launch& launch) {
+  if (!fits(args, launch.device)) return simt_backward(args, launch);
   const BackwardPlan plan = plan_for(args, launch.device);
   const Sizes sizes(args, plan);
   const BackwardBuffers buffers = sizes.in(launch.workspace);

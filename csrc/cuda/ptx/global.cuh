@@ -6,8 +6,8 @@
 
 namespace online_attention::cuda::ptx {
 
-// red.relaxed.gpu.global.add.v4.f32 (PTX 8.1, sm_90): adds four floats to 16-byte aligned memory;
-// four scalar red.add below sm_90.
+// red.relaxed.gpu.global.add.v4.f32 (PTX 8.1, sm_90): adds four floats to 16-byte aligned memory,
+// each by itself; four scalar red.add below sm_90. Subnormals count as 0.
 __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(address), "f"(x[0]),

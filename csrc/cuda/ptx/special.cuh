@@ -14,4 +14,11 @@ __device__ __forceinline__ uint32_t block_index() {
   return index;
 }
 
+// %tid.x, read anew at every call, for the same reason.
+__device__ __forceinline__ uint32_t thread_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 }  // namespace online_attention::cuda::ptx

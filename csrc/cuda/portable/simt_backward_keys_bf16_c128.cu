@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/portable/simt_backward_keys_launch.cuh"
+
+namespace online_attention::cuda::portable {
+
+template BackwardTile simt_backward_tile<__nv_bfloat16, 128>();
+template Status launch_simt_backward_keys<__nv_bfloat16, 128, false>(const BackwardArgs&,
+                                                                     const BackwardPlan&,
+                                                                     const Launch&);
+
+}  // namespace online_attention::cuda::portable
