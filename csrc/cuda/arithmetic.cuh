@@ -16,4 +16,15 @@ inline constexpr Real kFusedUpTo = 1 / std::numeric_limits<Real>::epsilon();
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
+// The smaller of a and a number b; NaN if a is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));  // PTX 7.0, sm_80
+  return smaller;
+#else
+  return a > b ? b : a;
+#endif
+}
+
 }  // namespace online_attention::cuda

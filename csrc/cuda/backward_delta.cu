@@ -17,12 +17,26 @@ struct alignas(sizeof(Element) * kVector) Pack {
   Element e[kVector];
 };
 
+// From `row`, kVector elements; those from `length` on are 0.
+template <bool kAligned, typename Element, int kVector>
+__device__ __forceinline__ Pack<Element, kVector> read(const Element* row, int64_t d,
+                                                       int64_t length) {
+  using Packed = Pack<Element, kVector>;
+  if constexpr (kAligned) return *reinterpret_cast<const Packed*>(row + d);
+  Packed pack;
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) {
+    pack.e[e] = d + e < length ? row[d + e] : static_cast<Element>(0.0f);
+  }
+  return pack;
+}
+
 // `lanes` threads of a warp, a power of two, share a row and read it kVector elements at a time.
-// Each row's sum is taken in the same order in every run.
-template <typename Element, typename Real, int kVector>
+// Each row's sum is taken in the same order in every run and from any address.
+template <typename Element, typename Real, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     delta_kernel(const __grid_constant__ BackwardArgs args, Real* delta, Real* lse2, int lanes) {
-  using Packed = Pack<Element, kVector>;
+  constexpr int kVector = 16 / sizeof(Element);
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
   const int64_t rows = shape.B * shape.H * shape.S_q;
@@ -36,8 +50,8 @@ __global__ void __launch_bounds__(kThreads)
     const Element* out = args.out.template row<const Element>(b, h, s);
     const Element* dout = args.dout.template row<const Element>(b, h, s);
     for (int64_t d = lane * kVector; d < shape.D_v; d += lanes * kVector) {
-      const Packed x = *reinterpret_cast<const Packed*>(out + d);
-      const Packed y = *reinterpret_cast<const Packed*>(dout + d);
+      const auto x = read<kAligned, Element, kVector>(out, d, shape.D_v);
+      const auto y = read<kAligned, Element, kVector>(dout, d, shape.D_v);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
         sum += static_cast<Real>(x.e[e]) * static_cast<Real>(y.e[e]);
@@ -55,12 +69,13 @@ __global__ void __launch_bounds__(kThreads)
   lse2[row] = lse == -kInfinity<Real> ? kInfinity<Real> : SoftmaxRow<Real>::from_lse(lse).m;
 }
 
-template <typename Element, int kVector, typename Real>
+template <typename Element, bool kAligned, typename Real>
 Status launch_delta(const BackwardArgs& args, Real* delta, Real* lse2, void* stream) {
+  constexpr int64_t kVector = 16 / sizeof(Element);
   int lanes = 1;
-  while (lanes < 32 && int64_t{lanes} * kVector < args.shape.D_v) lanes *= 2;
+  while (lanes < 32 && lanes * kVector < args.shape.D_v) lanes *= 2;
   const int64_t rows = args.shape.B * args.shape.H * args.shape.S_q;
-  return launch(delta_kernel<Element, Real, kVector>, ceil_div<int64_t>(rows, kThreads / lanes),
+  return launch(delta_kernel<Element, Real, kAligned>, ceil_div<int64_t>(rows, kThreads / lanes),
                 kThreads, 0, stream, args, delta, lse2, lanes);
 }
 
@@ -69,8 +84,8 @@ Status delta_as(const BackwardArgs& args, Real* delta, Real* lse2, void* stream)
   constexpr int64_t kBytes = sizeof(Element);
   const bool aligned = args.shape.D_v * kBytes % 16 == 0 && is_aligned_16(args.out, kBytes) &&
                        is_aligned_16(args.dout, kBytes);
-  return aligned ? launch_delta<Element, 16 / kBytes>(args, delta, lse2, stream)
-                 : launch_delta<Element, 1>(args, delta, lse2, stream);
+  return aligned ? launch_delta<Element, true>(args, delta, lse2, stream)
+                 : launch_delta<Element, false>(args, delta, lse2, stream);
 }
 
 }  // namespace

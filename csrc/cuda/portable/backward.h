@@ -7,8 +7,8 @@
 
 namespace online_attention::cuda::portable {
 
-// fp16 (sm_75) and bf16 (sm_80) on tensor cores through mma.sync; D and D_v up to 256. What does not
-// fit Turing's shared memory, head dims above 192, goes to simt_backward.
+// fp16 (sm_75) and bf16 (sm_80) on tensor cores through mma.sync; D and D_v up to 256. What does
+// not fit Turing's shared memory, head dims above 192, goes to simt_backward.
 int64_t tensor_core_backward_workspace_bytes(const BackwardArgs& args, const Device& device);
 Status tensor_core_backward(const BackwardArgs& args, const Launch& launch);
 

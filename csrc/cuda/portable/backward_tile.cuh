@@ -163,7 +163,7 @@ struct BackwardTile {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           // At most 1, whatever the rounding of a huge lse.
-          s[atom][n][c] = exp2_of(fminf(s[atom][n][c] * call.factor_log2 - lse2[c % 2], 0.0f));
+          s[atom][n][c] = exp2_of(min_or_nan(s[atom][n][c] * call.factor_log2 - lse2[c % 2], 0.0f));
         }
       }
     }
