@@ -144,15 +144,19 @@ def exact(
 def weight_error(inputs: Inputs, scale: float | None) -> float:
     """How many roundings a weight 2^(s2 - L log2 e) may be off by: the largest score and lse.
 
-    PyTorch makes the same, but may be exact by luck where the terms are few. 1 for the types whose
-    scores are computed in a wider one.
+    PyTorch makes the same, but may be exact by luck where the terms are few. The types whose scores
+    are computed in float32 have its lse, and its rounding: a small part of theirs.
     """
     q, k, _ = (x.double() for x in inputs)
-    if inputs.q.element_size() < 4 or q.numel() == 0 or k.numel() == 0:
+    if q.numel() == 0 or k.numel() == 0:
         return 1.0
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     largest = abs(default_scale(q, scale)) * float((grouped @ k.mT).abs().max())
-    return 2 * (1 + largest + math.log(k.shape[2]))
+    roundings = 2 * (1 + largest + math.log(k.shape[2]))
+    if inputs.q.element_size() >= 4:
+        return roundings
+    eps_ratio = torch.finfo(torch.float32).eps / torch.finfo(inputs.q.dtype).eps
+    return max(1.0, roundings * eps_ratio)
 
 
 def assert_right(

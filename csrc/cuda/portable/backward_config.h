@@ -32,7 +32,7 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int row_terms_bytes() const { return 2 * tile_m * 4; }
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
     return 2 * kv_tile_bytes() + 2 * stages * q_tile_bytes() + 3 * pair_tile_bytes() +
-           2 * row_terms_bytes() + tile_n * 4 + 16;
+           2 * row_terms_bytes() + tile_n * 4 + 56;
   }
 };
 

@@ -108,10 +108,10 @@ struct BackwardTile {
     }
   }
 
-  __device__ __forceinline__ RowSource<Element> source(const View& view, int64_t b, int64_t h,
+  __device__ __forceinline__ RowSource<Element> source(const Element* data, int64_t stride,
                                                        int64_t rows, int64_t length) const {
-    return {view.row<const Element>(b, h, 0), view.stride_s, 0, 1, static_cast<int32_t>(rows),
-            static_cast<int32_t>(length),     call.aligned};
+    return {data,        stride, 0, 1, static_cast<int32_t>(rows), static_cast<int32_t>(length),
+            call.aligned};
   }
 
   // The products.
@@ -302,13 +302,13 @@ struct BackwardTile {
   }
   // Adds Inf and NaN elements of dO, which multiply_p_dout has seen as zeros, to the dV of the keys
   // that their rows see. Exact weights are positive, so the sum is what the weighted one would be.
-  __device__ __forceinline__ void add_nonfinite_dout(int64_t b, int64_t h, int32_t q_begin,
+  __device__ __forceinline__ void add_nonfinite_dout(const Element* dout, int32_t q_begin,
                                                      int32_t kv_begin) {
     const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
     const int32_t q_end = min(q_begin + kConfig.tile_m, s_q);
 #pragma unroll 1
     for (int32_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
-      const Element* row = call.args.dout.row<const Element>(b, h, q_idx);
+      const Element* row = dout + q_idx * call.args.dout.stride_s;
       const KvRange seen = call.args.mask.kv_range(q_idx, q_idx + 1);
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {

@@ -31,29 +31,60 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
   using Base::call;
   static constexpr int kThreads = kConfig.threads();
 
-  int32_t kv_tile;
+  // What a step's addresses start from is kept in shared memory: it is needed once a step, and
+  // registers are for fragments. The range of query tiles that see some key of the block, batch
+  // element and head; for the first query head of the group its rows of q and dout, its first row
+  // of lse and its first tile of dQ.
+  enum Place : int {
+    kQTileBegin = 0,
+    kQTileEnd = 4,
+    kBatch = 8,
+    kKvHead = 12,
+    kQRows = 16,
+    kDoutRows = 24,
+    kRow = 32,
+    kDqTile = 40,
+    kKvBegin = 48
+  };
 
-  // Batch element, head, and the range of query tiles that see some key of the block are kept in
-  // shared memory: they are needed once a step, and registers are for fragments.
-  enum Place : int { kBatch, kKvHead, kQTileBegin, kQTileEnd, kPlaces };
   __device__ __forceinline__ BackwardBlock(const BackwardCall& call, uint32_t smem)
       : Base(call, smem) {
     const BackwardCoord at = call.plan.locate(ticket(call));
-    kv_tile = at.kv_tile;
-    const QRange queries = call.args.mask.q_range(kv_begin(), kv_begin() + kConfig.tile_n,
+    const int32_t kv_begin = at.kv_tile * kConfig.tile_n;
+    const QRange queries = call.args.mask.q_range(kv_begin, kv_begin + kConfig.tile_n,
                                                   static_cast<int32_t>(call.args.shape.S_q));
-    const int32_t values[kPlaces] = {at.b, at.h_kv, queries.begin / kConfig.tile_m,
-                                     ceil_div(queries.end, kConfig.tile_m)};
     if (threadIdx.x == 0) {
-#pragma unroll
-      for (int i = 0; i < kPlaces; ++i) {
-        ptx::store_shared(this->place_smem() + 4 * i, static_cast<uint32_t>(values[i]));
-      }
+      const int64_t h = int64_t{at.h_kv} * call.plan.group, head = at.b * call.args.shape.H + h;
+      put(kQTileBegin, queries.begin / kConfig.tile_m);
+      put(kQTileEnd, ceil_div(queries.end, kConfig.tile_m));
+      put(kKvBegin, kv_begin);
+      put(kBatch, at.b);
+      put(kKvHead, at.h_kv);
+      put(kQRows, call.args.q.template row<Element>(at.b, h, 0));
+      put(kDoutRows, call.args.dout.template row<Element>(at.b, h, 0));
+      put(kRow, head * call.args.shape.S_q);
+      put(kDqTile, head * call.plan.q_tiles);
     }
     __syncthreads();
   }
+  template <typename T>
+  __device__ __forceinline__ void put(Place what, T value) const {
+    const uint32_t address = this->place_smem() + what;
+    if constexpr (sizeof(T) == 4) {
+      ptx::store_shared(address, static_cast<uint32_t>(value));
+    } else {
+      const auto bits = reinterpret_cast<const uint64_t&>(value);
+      ptx::store_shared(address, static_cast<uint32_t>(bits));
+      ptx::store_shared(address + 4, static_cast<uint32_t>(bits >> 32));
+    }
+  }
   __device__ __forceinline__ int32_t place(Place what) const {
-    return static_cast<int32_t>(ptx::load_shared(this->place_smem() + 4 * what));
+    return static_cast<int32_t>(ptx::load_shared(this->place_smem() + what));
+  }
+  __device__ __forceinline__ int64_t index_at(Place what) const {
+    uint32_t words[2];
+    ptx::load_shared(words, this->place_smem() + what);
+    return static_cast<int64_t>(uint64_t{words[1]} << 32 | words[0]);
   }
 
   // Blocks that wait for others' sums take their places in the order in which they start, so that
@@ -66,11 +97,7 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     return place;
   }
 
-  __device__ __forceinline__ int32_t kv_begin() const { return kv_tile * kConfig.tile_n; }
-  __device__ __forceinline__ int32_t query_head(int32_t head) const {
-    return place(kKvHead) * call.plan.group + head;
-  }
-
+  __device__ __forceinline__ int32_t kv_begin() const { return place(kKvBegin); }
   // The block's steps: heads of the group in turn, last tile first.
   __device__ __forceinline__ QueryStep first_step() const {
     const int32_t end = place(kQTileEnd);
@@ -90,21 +117,29 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
 
   __device__ __forceinline__ void load_keys() const {
     const auto rows = [&](const View& view, int64_t length) {
-      return this->source(view, place(kBatch), place(kKvHead), call.args.shape.S_kv, length);
+      return this->source(view.row<const Element>(place(kBatch), place(kKvHead), 0), view.stride_s,
+                          call.args.shape.S_kv, length);
     };
     constexpr int kD = kConfig.head_dim, kN = kConfig.tile_n;
     load_tile<kD, kN, kThreads>(this->k_smem(), rows(call.args.k, call.args.shape.D), kv_begin());
     load_tile<kD, kN, kThreads>(this->v_smem(), rows(call.args.v, call.args.shape.D_v), kv_begin());
   }
+  // Rows of one query head of the group.
+  __device__ __forceinline__ const Element* head_rows(Place first, const View& view,
+                                                      int32_t head) const {
+    return reinterpret_cast<const Element*>(index_at(first)) + head * view.stride_h;
+  }
   __device__ __forceinline__ void load_queries(const QueryStep& step, int stage, int buffer) const {
-    const auto rows = [&](const View& view, int64_t length) {
-      return this->source(view, place(kBatch), query_head(step.head), call.args.shape.S_q, length);
+    const auto rows = [&](const View& view, Place first, int64_t length) {
+      return this->source(head_rows(first, view, step.head), view.stride_s, call.args.shape.S_q,
+                          length);
     };
     constexpr int kD = kConfig.head_dim, kM = kConfig.tile_m;
     const int32_t first = step.q_tile * kM;
-    load_tile<kD, kM, kThreads>(this->q_smem(stage), rows(call.args.q, call.args.shape.D), first);
-    load_tile<kD, kM, kThreads>(this->dout_smem(stage), rows(call.args.dout, call.args.shape.D_v),
+    load_tile<kD, kM, kThreads>(this->q_smem(stage), rows(call.args.q, kQRows, call.args.shape.D),
                                 first);
+    load_tile<kD, kM, kThreads>(this->dout_smem(stage),
+                                rows(call.args.dout, kDoutRows, call.args.shape.D_v), first);
     load_row_terms(step, buffer);
     ptx::cp_async_commit();
   }
@@ -115,18 +150,17 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     const auto thread = static_cast<int32_t>(threadIdx.x);
     if (thread >= 2 * kConfig.tile_m) return;
     const int32_t q_idx = step.q_tile * kConfig.tile_m + thread % kConfig.tile_m;
-    const int64_t head = int64_t{place(kBatch)} * call.args.shape.H + query_head(step.head);
+    const int64_t row = index_at(kRow) + step.head * call.args.shape.S_q + q_idx;
     const float* terms = thread < kConfig.tile_m ? call.lse2 : call.delta;
-    ptx::cp_async<4>(this->row_terms(buffer) + 4 * thread,
-                     terms + head * call.args.shape.S_q + q_idx, q_idx < call.args.shape.S_q);
+    ptx::cp_async<4>(this->row_terms(buffer) + 4 * thread, terms + row,
+                     q_idx < call.args.shape.S_q);
   }
 
   // (E30) for one query tile of the group, without the scale: dQ += dS K over this block's keys.
   __device__ __forceinline__ void add_dq(const QueryStep& step, int buffer) const {
     float dq[kConfig.dq_row_atoms][Base::kDqTiles][4] = {};
     this->multiply_ds_k(dq, buffer);
-    const int64_t head = int64_t{place(kBatch)} * call.args.shape.H + query_head(step.head);
-    const int64_t tile = head * call.plan.q_tiles + step.q_tile;
+    const int64_t tile = index_at(kDqTile) + step.head * int64_t{call.plan.q_tiles} + step.q_tile;
     int32_t* turn = call.turns == nullptr ? nullptr : call.turns + 1 + tile;
     if (turn != nullptr) wait_for_turn(turn, step.q_tile);
     float* target = call.dq_sums + tile * (kConfig.tile_m * kConfig.head_dim) + threadIdx.x * 4;
@@ -146,7 +180,8 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
   __device__ __forceinline__ void wait_for_turn(const int32_t* turn, int32_t q_tile) const {
     if (threadIdx.x == 0) {
       const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
-      const int32_t mine = call.plan.turn_of(call.args.mask, s_q, q_tile, kv_tile);
+      const int32_t mine =
+          call.plan.turn_of(call.args.mask, s_q, q_tile, kv_begin() / kConfig.tile_n);
       while (ptx::load_acquire(turn) != mine) __nanosleep(20);
     }
     __syncthreads();
@@ -154,8 +189,9 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
 
   __device__ __forceinline__ bool needs_mask(const QueryStep& step) const {
     const int32_t q_begin = step.q_tile * kConfig.tile_m, q_end = q_begin + kConfig.tile_m;
+    const int32_t kv = kv_begin();
     return q_end > call.args.shape.S_q ||
-           call.args.mask.tile_needs_mask(q_begin, q_end, kv_begin(), kv_begin() + kConfig.tile_n);
+           call.args.mask.tile_needs_mask(q_begin, q_end, kv, kv + kConfig.tile_n);
   }
 
   // P and dS of one query tile, to shared memory.
@@ -191,7 +227,8 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     if (call.args.dv.data != nullptr) {
       this->multiply_p_dout(stage);  // (E26)
       if (cleared)
-        this->add_nonfinite_dout(place(kBatch), query_head(step.head), q_begin, kv_begin());
+        this->add_nonfinite_dout(head_rows(kDoutRows, call.args.dout, step.head), q_begin,
+                                 kv_begin());
     }
     if (call.args.dk.data != nullptr) this->multiply_ds_q(stage, buffer);  // (E31), unscaled
   }
