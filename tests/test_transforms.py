@@ -314,6 +314,8 @@ def test_whole_step_may_be_compiled(target: Target):
 @pytest.mark.parametrize("name", ["grad", "vmap", "vmap of grad", "hessian", "jvp"])
 def test_compiled_transforms_are_right(target: Target, name: str):
     """They run eagerly: torch.compile cannot follow the levels of torch.func into a Function."""
+    if "grad" in name and torch.__version__ < "2.12":
+        pytest.skip("Dynamo of torch 2.11 fails on its own frames after a graph break in grad")
     torch.compiler.reset()
     q, k, v = inputs_of(target, 3, 4)
     function, first = {

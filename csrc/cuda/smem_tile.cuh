@@ -123,7 +123,7 @@ template <int kHeadDim, int kRows, int kThreads, typename Element>
 __device__ __forceinline__ void store_tile(uint32_t tile, const RowTarget<Element>& to,
                                            int32_t first) {
   using Tile = SmemTile<kHeadDim>;
-#pragma unroll 1
+#pragma unroll 4
   for (int piece = static_cast<int>(threadIdx.x); piece < kRows * Tile::kChunks;
        piece += kThreads) {
     const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;

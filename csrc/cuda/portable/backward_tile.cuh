@@ -212,6 +212,18 @@ struct BackwardTile {
     }
   }
 
+  // Zeros where P is 0: a hidden pair's dP may be Inf or NaN.
+  __device__ __forceinline__ static void drop_without_weight(Scores& ds, const Scores& p) {
+#pragma unroll
+    for (int atom = 0; atom < kAtoms; ++atom) {
+#pragma unroll
+      for (int n = 0; n < kQueryTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) ds[atom][n][c] = p[atom][n][c] == 0 ? 0 : ds[atom][n][c];
+      }
+    }
+  }
+
   // Rounds P^T or dS^T to Element and stores this warp's part.
   __device__ __forceinline__ void store_pairs(const Scores& x, uint32_t tile) const {
     const uint32_t base = tile +
@@ -260,13 +272,11 @@ struct BackwardTile {
     return __syncthreads_or(found) != 0;
   }
   // Keys of the block, once: those that hold Inf or NaN are cleared for good and get a NaN mark,
-  // which makes P and dS of the queries that see them NaN.
+  // which makes P and dS of the queries that see them NaN. K must have arrived for this thread.
   __device__ __forceinline__ void mark_nonfinite_keys() {
     if (threadIdx.x < kConfig.tile_n) ptx::store_shared(key_marks() + 4 * threadIdx.x, 0u);
-    ptx::cp_async_wait<0>();
     __syncthreads();
-    // K and V lie side by side.
-    marked = __syncthreads_or(has_nonfinite<2 * kConfig.kv_tile_bytes()>(k_smem())) != 0;
+    marked = __syncthreads_or(has_nonfinite<kConfig.kv_tile_bytes()>(k_smem())) != 0;
     if (!marked) return;
     clear_nonfinite<kConfig.kv_tile_bytes()>(k_smem(), [&](int at) {
       ptx::store_shared(key_marks() + 4 * (at / Rows::kRowBytes), 0x7fffffffu);

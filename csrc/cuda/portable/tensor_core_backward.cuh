@@ -115,33 +115,42 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     return {step.head - 1, place(kQTileBegin)};
   }
 
-  __device__ __forceinline__ void load_keys() const {
-    const auto rows = [&](const View& view, int64_t length) {
-      return this->source(view.row<const Element>(place(kBatch), place(kKvHead), 0), view.stride_s,
-                          call.args.shape.S_kv, length);
-    };
-    constexpr int kD = kConfig.head_dim, kN = kConfig.tile_n;
-    load_tile<kD, kN, kThreads>(this->k_smem(), rows(call.args.k, call.args.shape.D), kv_begin());
-    load_tile<kD, kN, kThreads>(this->v_smem(), rows(call.args.v, call.args.shape.D_v), kv_begin());
+  __device__ __forceinline__ void load_keys(const View& view, uint32_t tile, int64_t length) const {
+    const auto rows = this->source(view.row<const Element>(place(kBatch), place(kKvHead), 0),
+                                   view.stride_s, call.args.shape.S_kv, length);
+    load_tile<kConfig.head_dim, kConfig.tile_n, kThreads>(tile, rows, kv_begin());
   }
   // Rows of one query head of the group.
   __device__ __forceinline__ const Element* head_rows(Place first, const View& view,
                                                       int32_t head) const {
     return reinterpret_cast<const Element*>(index_at(first)) + head * view.stride_h;
   }
-  __device__ __forceinline__ void load_queries(const QueryStep& step, int stage, int buffer) const {
-    const auto rows = [&](const View& view, Place first, int64_t length) {
-      return this->source(head_rows(first, view, step.head), view.stride_s, call.args.shape.S_q,
-                          length);
-    };
-    constexpr int kD = kConfig.head_dim, kM = kConfig.tile_m;
-    const int32_t first = step.q_tile * kM;
-    load_tile<kD, kM, kThreads>(this->q_smem(stage), rows(call.args.q, kQRows, call.args.shape.D),
-                                first);
-    load_tile<kD, kM, kThreads>(this->dout_smem(stage),
-                                rows(call.args.dout, kDoutRows, call.args.shape.D_v), first);
+  __device__ __forceinline__ void load_rows(const QueryStep& step, Place first, const View& view,
+                                            uint32_t tile, int64_t length) const {
+    const auto rows =
+        this->source(head_rows(first, view, step.head), view.stride_s, call.args.shape.S_q, length);
+    load_tile<kConfig.head_dim, kConfig.tile_m, kThreads>(tile, rows, step.q_tile * kConfig.tile_m);
+  }
+  __device__ __forceinline__ void load_q(const QueryStep& step, int stage, int buffer) const {
+    load_rows(step, kQRows, call.args.q, this->q_smem(stage), call.args.shape.D);
     load_row_terms(step, buffer);
+  }
+  __device__ __forceinline__ void load_dout(const QueryStep& step, int stage) const {
+    load_rows(step, kDoutRows, call.args.dout, this->dout_smem(stage), call.args.shape.D_v);
+  }
+  __device__ __forceinline__ void load_queries(const QueryStep& step, int stage, int buffer) const {
+    load_q(step, stage, buffer);
+    load_dout(step, stage);
+  }
+  // K and Q first: the scores of the first step need not wait for V and dO.
+  __device__ __forceinline__ void load_first(const QueryStep& step) const {
+    load_keys(call.args.k, this->k_smem(), call.args.shape.D);
+    load_q(step, 0, 0);
     ptx::cp_async_commit();
+    load_keys(call.args.v, this->v_smem(), call.args.shape.D_v);
+    load_dout(step, 0);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
   }
 
   // Terms of the query rows: one thread in tile_m brings an lse, the next tile_m a delta. Rows that
@@ -195,19 +204,23 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
   }
 
   // P and dS of one query tile, to shared memory.
-  __device__ __forceinline__ void compute_pairs(const QueryStep& step, bool masked, int stage,
-                                                int buffer) const {
+  __device__ __forceinline__ void compute_pairs(const QueryStep& step, bool masked, bool first,
+                                                int stage, int buffer) const {
     const int32_t q_begin = step.q_tile * kConfig.tile_m;
     float p[Base::kAtoms][Base::kQueryTiles][4] = {};
     this->multiply_k_q(p, stage);  // S^T = K Q^T
     this->weigh(p, buffer);        // (E25)
     if (masked) this->hide(p, q_begin, kv_begin());
     if (call.args.dv.data != nullptr) this->store_pairs(p, this->p_smem());
+    if (first) {
+      ptx::cp_async_wait<kConfig.stages - 1>();  // but for what the next step needs
+      __syncthreads();                           // V and dO are there
+    }
     if (call.dq_sums == nullptr && call.args.dk.data == nullptr) return;
     float ds[Base::kAtoms][Base::kQueryTiles][4] = {};
-    this->multiply_v_dout(ds, stage);                 // (E27), transposed
-    this->subtract_delta(ds, p, buffer);              // (E29)
-    if (masked) this->hide(ds, q_begin, kv_begin());  // P is 0 there, but dP may be Inf or NaN
+    this->multiply_v_dout(ds, stage);     // (E27), transposed
+    this->subtract_delta(ds, p, buffer);  // (E29)
+    if (masked) this->drop_without_weight(ds, p);
     this->store_pairs(ds, this->ds_smem(buffer));
   }
 
@@ -241,17 +254,18 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     // dQ.
     const bool dq_first = call.turns != nullptr || Base::column_warp() % 2 == 0;
     bool dq_open = false;  // whether the dQ of the last step is still to be computed
+    bool first = true;
     int buffer = 0;
-    load_keys();
-    load_queries(step, 0, 0);
+    load_first(step);
     if (call.args.mask.is_banded()) this->mark_nonfinite_keys();
 #pragma unroll 1
     for (; exists(step); step = after(step)) {
       const int stage = kConfig.stages == 2 ? buffer : 0;
-      ptx::cp_async_wait<0>();
+      if (!first) ptx::cp_async_wait<0>();
       __syncthreads();  // Q, dO and the row terms of this step are there; so is the dS of the last
       if constexpr (kConfig.stages == 2) {
         if (exists(after(step))) load_queries(after(step), stage ^ 1, buffer ^ 1);
+        ptx::cp_async_commit();
       }
       const bool masked = needs_mask(step);
 #pragma unroll 1
@@ -259,16 +273,18 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
         if ((part == 0) == dq_first) {
           if (dq_open) add_dq(before(step), buffer ^ 1);
         } else {
-          compute_pairs(step, masked, stage, buffer);
+          compute_pairs(step, masked, first, stage, buffer);
         }
       }
       absorb_pairs(step, masked, stage, buffer);
       if constexpr (kConfig.stages == 1) {
         __syncthreads();  // Q and dO have been read
         if (exists(after(step))) load_queries(after(step), 0, buffer ^ 1);
+        ptx::cp_async_commit();
       }
       buffer ^= 1;
       dq_open = call.dq_sums != nullptr;
+      first = false;
     }
     __syncthreads();
     if (dq_open) add_dq(before(step), buffer ^ 1);
