@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = REPOSITORY / "tests" / "whitebox"
 CSRC = REPOSITORY / "csrc"
 # What the headers declare and a test binds, as far as it needs no CUDA.
-COMPILED_WITH = [CSRC / "cuda" / "tile_plan.cpp"]
+COMPILED_WITH = [CSRC / "cuda" / "tile_plan.cpp", CSRC / "cuda" / "backward_plan.cpp"]
 CACHE = REPOSITORY / "build" / "whitebox"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 
