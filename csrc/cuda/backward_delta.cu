@@ -22,13 +22,16 @@ template <bool kAligned, typename Element, int kVector>
 __device__ __forceinline__ Pack<Element, kVector> read(const Element* row, int64_t d,
                                                        int64_t length) {
   using Packed = Pack<Element, kVector>;
-  if constexpr (kAligned) return *reinterpret_cast<const Packed*>(row + d);
-  Packed pack;
+  if constexpr (kAligned) {
+    return *reinterpret_cast<const Packed*>(row + d);
+  } else {
+    Packed pack;
 #pragma unroll
-  for (int e = 0; e < kVector; ++e) {
-    pack.e[e] = d + e < length ? row[d + e] : static_cast<Element>(0.0f);
+    for (int e = 0; e < kVector; ++e) {
+      pack.e[e] = d + e < length ? row[d + e] : static_cast<Element>(0.0f);
+    }
+    return pack;
   }
-  return pack;
 }
 
 // `lanes` threads of a warp, a power of two, share a row and read it kVector elements at a time.

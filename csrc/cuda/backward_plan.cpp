@@ -6,8 +6,8 @@
 namespace online_attention::cuda {
 namespace {
 
-// What the blocks of a section read and add to stays under this share of the L2 cache of an A100
-// (40 MB) or H100 (50 MB).
+// What the blocks of a section read and add to is about this much: a share of the L2 cache of an
+// A100 (40 MB) or H100 (50 MB).
 constexpr double kSectionBytes = double{32 << 20};
 // Yet a section has at least this many blocks for each multiprocessor, or the long blocks of the
 // last section would run on while the rest of the device is idle.
@@ -36,9 +36,11 @@ BackwardPlan plan_backward(const BackwardArgs& args, int32_t tile_m, int32_t til
     const auto fitting =
         static_cast<int64_t>(std::min(kSectionBytes / std::max(head_bytes, 1.0), 1e9));
     const int64_t filling = ceil_div<int64_t>(kSectionRounds * multiprocessors, plan.kv_tiles);
-    plan.section_heads = static_cast<uint32_t>(
-        std::min({std::max<int64_t>({fitting, filling, 1}), int64_t{plan.heads},
-                  kMaxSectionBlocks / plan.kv_tiles + 1}));
+    const int64_t wanted = std::max<int64_t>({fitting, filling, 1});
+    // Of about equal length: a short last section would be one of few, long blocks.
+    const int64_t sections = std::max<int64_t>(plan.heads / wanted, 1);
+    plan.section_heads = static_cast<uint32_t>(std::min<int64_t>(
+        ceil_div<int64_t>(plan.heads, sections), kMaxSectionBlocks / plan.kv_tiles + 1));
   }
   return plan;
 }
