@@ -33,8 +33,11 @@ def finite(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 @st.composite
 def small_problems(draw) -> Case:
     group, H_kv = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    D, D_v = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    return Case("drawn", draw(st.integers(1, 5)), draw(st.integers(0, 6)), D, D_v, 1,
+    S_kv = draw(st.integers(0, 6))
+    # Without a key, one column gives a tensor a stride of 0, which gradcheck does not take.
+    narrowest = 1 if S_kv else 2
+    D, D_v = draw(st.integers(narrowest, 4)), draw(st.integers(narrowest, 4))
+    return Case("drawn", draw(st.integers(1, 5)), S_kv, D, D_v, 1,
                 H_kv * group, H_kv, draw(st.sampled_from(MASKS)),
                 draw(st.one_of(st.none(), st.floats(-1.5, 1.5))))  # fmt: skip
 
