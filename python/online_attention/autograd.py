@@ -99,8 +99,7 @@ def _first_order(
     """dq, dk and dv, each if it is needed; differentiable where that may be asked for."""
     if (dout is None and dlse is None) or not any(needs):
         return None, None, None
-    if dout is None:
-        dout = out.new_zeros(out.shape[3:]).expand(out.shape)
+    dout = _or_zeros(dout, out)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, dlse, q, k, v, out, lse, *settings, deterministic, *needs)
@@ -108,6 +107,11 @@ def _first_order(
         result: tuple[Optional, ...] = _apply(_Backward, *arguments)
         return result
     return _asked(operators.backward(*arguments), needs)
+
+
+def _or_zeros(dout: Optional, out: Tensor) -> Tensor:
+    """The gradient of out; where there is none, zeros that take the memory of one row."""
+    return out.new_zeros(out.shape[3:]).expand(out.shape) if dout is None else dout
 
 
 def _sum(a: Optional, b: Optional) -> Optional:
@@ -284,8 +288,7 @@ class _Tangents(Function):
         if dout is None and dlse is None:
             return (None,) * 13
         q, k, v, out, lse, *moved = ctx.saved_tensors
-        if dout is None:
-            dout = out.new_zeros(out.shape[3:]).expand(out.shape)
+        dout = _or_zeros(dout, out)
         gq, gk, gv, _, _ = _apply(_SecondOrder, dout, dlse, q, k, v, *moved, *ctx.settings)
         asked = tuple(ctx.needs_input_grad[5:8])
         of_moved = _first_order(

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from . import _C
+from .operators import empty_in_order_of, folded, memory_order, unfolded
 
-assert _C is not None  # loading it registers the operators
 _merge = torch.ops.online_attention.merge.default
 _merge_backward = torch.ops.online_attention.merge_backward.default
 
@@ -216,20 +215,9 @@ def _as_given(
     return [g if need else None for g, need in zip(gradients.unbind(), needed, strict=True)]
 
 
-def _memory_order(out: Tensor) -> list[int]:
-    """Dimensions B, H and S_q of a result from the slowest to the fastest, as in the first part."""
-    strides = out.stride()[:3]
-    order = [0, 1, 2]
-    if 0 not in strides:  # a broadcast part has no memory order to keep
-        order.sort(key=lambda dim: strides[dim], reverse=True)
-    return order
-
-
 @torch.library.register_fake("online_attention::merge")
 def _merge_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    first, order = outs[0], [*_memory_order(outs[0]), 3]
-    out = first.new_empty([first.shape[dim] for dim in order])
-    return out.permute([order.index(dim) for dim in range(4)]), lses[0].new_empty(lses[0].shape)
+    return empty_in_order_of(outs[0], outs[0].shape[3]), lses[0].new_empty(lses[0].shape)
 
 
 @torch.library.register_fake("online_attention::merge_backward")
@@ -241,7 +229,7 @@ def _merge_backward_fake(
     needs_d_outs: bool,
     needs_d_lses: bool,
 ) -> tuple[Tensor, Tensor]:
-    first, order = outs[0], [*_memory_order(outs[0]), 3]
+    first, order = outs[0], [*memory_order(outs[0]), 3]
     d_outs, d_lses = first.new_empty(0), lses[0].new_empty(0)
     if needs_d_outs:
         d_outs = first.new_empty([len(outs), *(first.shape[dim] for dim in order)])
@@ -251,15 +239,8 @@ def _merge_backward_fake(
     return d_outs, d_lses
 
 
-def _folded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """The mapped dimension made a part of the batch."""
-    if dim is None:
-        return tensor.expand(size, *tensor.shape).flatten(0, 1)
-    return tensor.movedim(dim, 0).flatten(0, 1)
-
-
 def _fold_all(tensors: list[Tensor], dims: list[int | None], size: int) -> list[Tensor]:
-    return [_folded(tensor, dim, size) for tensor, dim in zip(tensors, dims, strict=True)]
+    return [folded(tensor, dim, size) for tensor, dim in zip(tensors, dims, strict=True)]
 
 
 @torch.library.register_vmap("online_attention::merge")
@@ -268,8 +249,7 @@ def _merge_vmap(
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     size = info.batch_size
     out, lse = _merge(_fold_all(outs, in_dims[0], size), _fold_all(lses, in_dims[1], size))
-    sizes = (size, out.shape[0] // size)
-    return (out.unflatten(0, sizes), lse.unflatten(0, sizes)), (0, 0)
+    return (unfolded(out, size), unfolded(lse, size)), (0, 0)
 
 
 @torch.library.register_vmap("online_attention::merge_backward")
@@ -284,16 +264,16 @@ def _merge_backward_vmap(
     needs_d_lses: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
     size = info.batch_size
-    folded = _fold_all(outs, in_dims[2], size)
+    parts = _fold_all(outs, in_dims[2], size)
     gradients = _merge_backward(
-        None if dout is None else _folded(dout, in_dims[0], size),
-        None if dlse is None else _folded(dlse, in_dims[1], size),
-        folded,
+        None if dout is None else folded(dout, in_dims[0], size),
+        None if dlse is None else folded(dlse, in_dims[1], size),
+        parts,
         _fold_all(lses, in_dims[3], size),
         needs_d_outs,
         needs_d_lses,
     )
-    sizes = (size, folded[0].shape[0] // size)
+    sizes = (size, parts[0].shape[0] // size)
     d_outs, d_lses = (
         gradient.unflatten(1, sizes) if needed else gradient
         for gradient, needed in zip(gradients, (needs_d_outs, needs_d_lses), strict=True)

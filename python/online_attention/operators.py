@@ -19,7 +19,7 @@ TOP_LEFT, BOTTOM_RIGHT = 0, 1
 UNBOUNDED = -1
 
 
-def _memory_order(tensor: Tensor) -> list[int]:
+def memory_order(tensor: Tensor) -> list[int]:
     """Dimensions 0, 1 and 2 of a result from the slowest to the fastest, as in the tensor."""
     strides = tensor.stride()[:3]
     order = [0, 1, 2]
@@ -28,10 +28,10 @@ def _memory_order(tensor: Tensor) -> list[int]:
     return order
 
 
-def _empty_in_order_of(like: Tensor, columns: int) -> Tensor:
+def empty_in_order_of(like: Tensor, columns: int) -> Tensor:
     """Dense, shaped like the tensor but for its last dimension, in its memory order."""
     sizes = (*like.shape[:3], columns)
-    order = [*_memory_order(like), 3]
+    order = [*memory_order(like), 3]
     empty = like.new_empty([sizes[dim] for dim in order])
     return empty.permute([order.index(dim) for dim in range(4)])
 
@@ -46,7 +46,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tens
     checks.check_tensors(checks.NAMES, q, k, v)
     checks.check_shapes(checks.NAMES, q, k, v)
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    return _empty_in_order_of(q, v.shape[3]), lse
+    return empty_in_order_of(q, v.shape[3]), lse
 
 
 @torch.library.register_fake("online_attention::backward")
@@ -55,7 +55,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     asked = others[-3:]
     return tuple(
-        _empty_in_order_of(x, x.shape[3]) if needed else x.new_empty(0)
+        empty_in_order_of(x, x.shape[3]) if needed else x.new_empty(0)
         for x, needed in zip((q, k, v), asked, strict=True)
     )
 
