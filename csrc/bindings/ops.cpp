@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators of torch's namespace `online_attention`. Whatever reaches them, also past the
 // Python functions, is checked here once more: a wrong call raises ValueError and never crashes.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
@@ -40,6 +42,34 @@ double checked_scale(std::optional<double> scale, const Shape& shape) {
   return value;
 }
 
+// Broadcast to [B, H, S_q, S_kv]: boolean, of the dtype of q, or float32.
+Bias bias_of(const std::optional<Tensor>& bias, const Tensor& q, const Problem& problem) {
+  if (!bias) return {};
+  const Shape& s = problem.shape;
+  const std::array<int64_t, 4> strides =
+      broadcast_strides(*bias, "bias", q, {s.B, s.H, s.S_q, s.S_kv});
+  const int32_t dtype = dtype_code(*bias);
+  BiasType type = BiasType::none;
+  if (dtype == aoti_torch_dtype_bool()) type = BiasType::boolean;
+  if (dtype == aoti_torch_dtype_float32()) type = BiasType::f32;
+  if (dtype == dtype_code(q)) type = BiasType::element;
+  if (type == BiasType::none) {
+    throw std::invalid_argument("bias must be boolean, of the dtype of q, or float32.");
+  }
+  return {type, bias->data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+Dropout dropout_of(double dropout_p, const std::optional<Tensor>& rng, const Tensor& q) {
+  if (!(dropout_p >= 0 && dropout_p < 1)) {
+    throw std::invalid_argument("dropout_p must be at least 0 and below 1.");
+  }
+  if (dropout_p == 0) return {};
+  if (!rng) throw std::invalid_argument("rng must be given where dropout_p is not 0.");
+  check_same(*rng, "rng", q, aoti_torch_dtype_int64(), {2});
+  if (rng->stride(0) != 1) throw std::invalid_argument("rng must be contiguous.");
+  return Dropout::of(dropout_p, static_cast<const uint64_t*>(rng->data_ptr()));
+}
+
 const Runner& runner_of(const Problem& problem, const Device& device) {
   const Runner* found = find(problem.dtype, problem.shape, device);
   if (found != nullptr) return *found;
@@ -48,8 +78,9 @@ const Runner& runner_of(const Problem& problem, const Device& device) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                    std::optional<double> scale_or_default, int64_t alignment,
-                                   int64_t window_left, int64_t window_right,
-                                   bool batch_invariant) {
+                                   int64_t window_left, int64_t window_right, bool batch_invariant,
+                                   std::optional<Tensor> bias, std::optional<Tensor> rng,
+                                   double dropout_p) {
   const Problem problem = problem_of(q_any, k_any, v_any);
   const double scale = checked_scale(scale_or_default, problem.shape);
   const Mask mask = mask_of(problem.shape, alignment, window_left, window_right);
@@ -70,6 +101,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
                               .out = view_of(out),
                               .lse = lse.data_ptr(),
                               .mask = mask,
+                              .bias = bias_of(bias, q_any, problem),
+                              .dropout = dropout_of(dropout_p, rng, q_any),
                               .scale = ScoreScale::from(scale, problem.dtype),
                               .batch_invariant = batch_invariant};
     run(runner.forward, args, site, q);
@@ -89,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout_any, std::optional<Tensor> dlse_any, const Tensor& q_any,
     const Tensor& k_any, const Tensor& v_any, const Tensor& out_any, const Tensor& lse_any,
     std::optional<double> scale_or_default, int64_t alignment, int64_t window_left,
-    int64_t window_right, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv) {
+    int64_t window_right, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv,
+    std::optional<Tensor> bias, std::optional<Tensor> rng, double dropout_p) {
   const Problem problem = problem_of(q_any, k_any, v_any);
   const Shape& s = problem.shape;
   const double scale = checked_scale(scale_or_default, s);
@@ -117,6 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                        .lse = lse.data_ptr(),
                        .dlse = dlse ? dlse->data_ptr() : nullptr,
                        .mask = mask,
+                       .bias = bias_of(bias, q_any, problem),
+                       .dropout = dropout_of(dropout_p, rng, q_any),
                        .scale = ScoreScale::from(scale, problem.dtype),
                        .factor = scale,
                        .deterministic = deterministic};
@@ -136,17 +172,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 }  // namespace
 
-// scale: None is 1/sqrt(D). window_*: keys visible beyond the diagonal on that side, -1 = all;
-// causal is window_right = 0.
+// bias: [B, H, S_q, S_kv] or broadcast to it in sizes of 1; added to the scores, or where it is
+// boolean, whether a pair is visible. rng: two numbers on the device of q, which decide what
+// dropout drops; needed unless dropout_p is 0. scale: None is 1/sqrt(D). window_*: keys visible
+// beyond the diagonal on that side, -1 = all; causal is window_right = 0.
 STABLE_TORCH_LIBRARY(online_attention, m) {
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, float? scale, int alignment, SymInt window_left, "
-      "SymInt window_right, bool batch_invariant) -> (Tensor out, Tensor lse)");
+      "SymInt window_right, bool batch_invariant, Tensor? bias=None, Tensor? rng=None, "
+      "float dropout_p=0.0) -> (Tensor out, Tensor lse)");
   // A gradient that is not needed comes back without elements.
   m.def(
       "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "float? scale, int alignment, SymInt window_left, SymInt window_right, bool deterministic, "
-      "bool needs_dq, bool needs_dk, bool needs_dv) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "bool needs_dq, bool needs_dk, bool needs_dv, Tensor? bias=None, Tensor? rng=None, "
+      "float dropout_p=0.0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 STABLE_TORCH_LIBRARY_IMPL(online_attention, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));

@@ -160,6 +160,26 @@ void check_same(const Tensor& tensor, const char* name, const Tensor& like, int3
          shape_text(tensor) + ".");
 }
 
+std::array<int64_t, 4> broadcast_strides(const Tensor& tensor, const char* name, const Tensor& like,
+                                         const std::array<int64_t, 4>& shape) {
+  check_rank(tensor, name, "(B, H, S_q, S_kv)");
+  if (tensor.is_cuda() != like.is_cuda() || tensor.get_device_index() != like.get_device_index()) {
+    reject(std::string(name) + " must be on the device of q: move it with .to(q.device).");
+  }
+  std::array<int64_t, 4> strides = {0, 0, 0, 0};
+  bool fits = true;
+  std::string expected = "(";
+  for (std::size_t d = 0; d < shape.size(); ++d) {
+    const auto dim = static_cast<int64_t>(d);
+    fits = fits && (tensor.size(dim) == shape[d] || tensor.size(dim) == 1);
+    if (tensor.size(dim) != 1) strides[d] = tensor.stride(dim);
+    expected += (d == 0 ? "" : ", ") + std::to_string(shape[d]);
+  }
+  if (fits) return strides;
+  reject(std::string(name) + " must have sizes that are 1 or those of (B, H, S_q, S_kv) = " +
+         expected + "), but its shape is " + shape_text(tensor) + ".");
+}
+
 Tensor with_contiguous_rows(const Tensor& tensor) {
   if (tensor.stride(3) == 1 || tensor.size(3) <= 1) return tensor;
   return torch::stable::contiguous(tensor);

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <vector>
 
 #include "core/launch.h"
@@ -26,6 +27,11 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v);
 // Throws unless the tensor is given, dense, of this shape and dtype, and on the device of `like`.
 void check_same(const Tensor& tensor, const char* name, const Tensor& like, int32_t dtype,
                 const std::vector<int64_t>& shape);
+
+// Throws unless the tensor is given, dense, on the device of `like`, and each of its four sizes is
+// 1 or that of `shape`. Returns its strides, 0 for sizes of 1.
+std::array<int64_t, 4> broadcast_strides(const Tensor& tensor, const char* name, const Tensor& like,
+                                         const std::array<int64_t, 4>& shape);
 
 // `tensor` itself if its last dimension is contiguous, else a copy.
 Tensor with_contiguous_rows(const Tensor& tensor);

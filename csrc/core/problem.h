@@ -5,6 +5,8 @@
 
 #include <cfloat>
 
+#include "core/bias.h"
+#include "core/dropout.h"
 #include "core/hd.h"
 #include "core/mask.h"
 
@@ -68,6 +70,8 @@ struct ForwardArgs {
   View q, k, v, out;
   void* lse = nullptr;  // [B, H, S_q] contiguous; double for f64, float otherwise; never null
   Mask mask;
+  Bias bias;
+  Dropout dropout;
   ScoreScale scale;
   // Keys are split by lengths alone, never by how full the device is: no result depends on the
   // batch it is computed in.
@@ -83,6 +87,8 @@ struct BackwardArgs {
   const void* dlse = nullptr;  // [B, H, S_q] contiguous, of lse's type; nullptr counts as 0
   View dq, dk, dv;             // shaped like q, k, v; data == nullptr: not asked for
   Mask mask;
+  Bias bias;
+  Dropout dropout;
   ScoreScale scale;
   // scale as it was given, in natural units: (E30) and (E31) multiply by it.
   double factor = 1;

@@ -281,6 +281,7 @@ int64_t backward_workspace_bytes(const BackwardArgs& args, const Device&) {
 }
 
 Status backward(const BackwardArgs& args, const Launch& launch) {
+  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   Backward backward(args, launch.workspace);
   const auto prepare = [](int64_t begin, int64_t end, void* context) {
     static_cast<Backward*>(context)->prepare(begin, end);

@@ -99,6 +99,7 @@ int64_t simt_backward_workspace_bytes(const BackwardArgs& args, const Device& de
 }
 
 Status simt_backward(const BackwardArgs& args, const Launch& launch) {
+  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   const BackwardPlan plan = plan_for(args, launch.device);
   const Kernels kernels = kernels_of(args);
   const bool needs_dq = args.dq.data != nullptr, needs_dk = args.dk.data != nullptr;

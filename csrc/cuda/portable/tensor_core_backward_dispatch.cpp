@@ -100,6 +100,7 @@ int64_t tensor_core_backward_workspace_bytes(const BackwardArgs& args, const Dev
 }
 
 Status tensor_core_backward(const BackwardArgs& args, const Launch& launch) {
+  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   if (!fits(args, launch.device)) return simt_backward(args, launch);
   const BackwardPlan plan = plan_for(args, launch.device);
   const Sizes sizes(args, plan);

@@ -53,6 +53,7 @@ int64_t tensor_core_workspace_bytes(const ForwardArgs& args, const Device& devic
 }
 
 Status tensor_core_forward(const ForwardArgs& args, const Launch& launch) {
+  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   const TilePlan plan = plan_for(args, launch.device);
   const Bucket& bucket = bucket_of(args.shape);
   const Status status = (args.dtype == DType::f16 ? bucket.f16 : bucket.bf16)(args, plan, launch);
