@@ -10,4 +10,9 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// barrier.cta.arrive (PTX 6.0, sm_70): counts among the threads of a barrier_sync without waiting.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 }  // namespace online_attention::cuda::ptx

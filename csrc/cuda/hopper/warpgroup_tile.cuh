@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What a consumer warpgroup holds in registers, 64 query rows, and what it does with them.
+//
+// Accumulator of m64nN (fp32, N / 2 registers): warp w, lane 4g + t holds in register 4n + 2h + j
+//     row 16w + g + 8h, column 8n + 2t + j
+// so a thread has two rows (h) and the four lanes of equal g (a quad) hold them whole. Registers
+// 8k .. 8k + 7, rounded and paired, are the A operand of the k-th 16 columns: probabilities go from
+// one product into the next without leaving their thread.
+#pragma once
+
+#include "core/mask.h"
+#include "core/softmax_row.h"
+#include "cuda/arithmetic.cuh"
+#include "cuda/fragment.cuh"
+#include "cuda/hopper/config.h"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma_rs.cuh"
+#include "cuda/ptx/wgmma_ss.cuh"
+
+namespace online_attention::cuda::hopper {
+
+// Describes a tile of rows of 128 bytes, swizzled as the copy engine leaves it, to wgmma: 1024
+// bytes from 8 rows to the next 8; `box_bytes` from one box of 64 columns to the next, which counts
+// only where the columns are the product's N.
+__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address, uint32_t box_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | (uint64_t{box_bytes >> 4} << 16) | (address >> 4);
+}
+
+template <typename Element, ForwardConfig kConfig>
+struct WarpgroupTile {
+  static constexpr int kScores = kConfig.tile_n / 2;
+  static constexpr int kOuts = kConfig.value_dim / 2;
+  static constexpr float kSlack = 8;  // see SoftmaxRow::raise_lazily
+
+  float scores[kScores];
+  float out[kOuts];
+  uint32_t p[kScores / 2];
+  SoftmaxRow<float> softmax[2];
+  float alpha[2];
+
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32u); }
+  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32u % 4u); }
+  // The row of register row h, of the warpgroup's 64.
+  __device__ __forceinline__ static int row(int h) { return 16 * warp() + lane() / 4 + 8 * h; }
+
+  // Starts S = Q K^T.
+  __device__ __forceinline__ void start_scores(uint32_t q, uint32_t k) {
+    const uint64_t q_tile = smem_descriptor(q, 0), k_tile = smem_descriptor(k, 0);
+    ptx::held(scores);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
+      const int box = step / 4, in_box = step % 4 * 2;  // in units of 16 bytes
+      ptx::wgmma_ss<Element>(scores, q_tile + box * (64 * 128 / 16) + in_box,
+                             k_tile + box * (kConfig.tile_n * 128 / 16) + in_box, step != 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Starts O += P V, or O = P V.
+  __device__ __forceinline__ void start_out(uint32_t v, bool accumulate) {
+    const uint64_t v_tile = smem_descriptor(v, kConfig.tile_n * 128);
+    ptx::held(p);
+    ptx::held(out);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kConfig.tile_n / 16; ++step) {
+      ptx::wgmma_rs<Element>(out, p + 4 * step, v_tile + step * (16 * 128 / 16),
+                             step != 0 || accumulate);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void scale_scores(float factor) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) scores[i] = rounded_product(scores[i], factor);
+  }
+
+  // Hides what the mask hides: those scores become -inf, whatever they were.
+  __device__ __forceinline__ void hide(const Mask& mask, int32_t q_begin, int32_t kv) {
+    const int32_t kv_lane = kv + lane() % 4 * 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t q_idx = q_begin + row(h);
+      const KvRange seen = mask.kv_range(q_idx, q_idx + 1);
+      const int32_t begin = seen.begin - kv_lane, end = seen.end - kv_lane;
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[4 * n + 2 * h + j];
+          score = 8 * n + j >= begin && 8 * n + j < end ? score : -kInfinity<float>;
+        }
+      }
+    }
+  }
+
+  // (E6)-(E8): raises the rows' maxima by this tile, turns scores into probabilities and absorbs
+  // their sums. A row's sum stays spread over its quad. Returns whether the warp's outputs must be
+  // brought to the new maxima (rescale).
+  __device__ __forceinline__ bool update_softmax(float scale_log2) {
+    bool raised = false, huge = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float even = scores[2 * h], odd = scores[2 * h + 1];  // two chains are faster than one
+#pragma unroll
+      for (int n = 1; n < kConfig.tile_n / 8; ++n) {
+        even = max_of(even, scores[4 * n + 2 * h]);
+        odd = max_of(odd, scores[4 * n + 2 * h + 1]);
+      }
+      alpha[h] = softmax[h].raise_lazily(quad_max(max_of(even, odd)) * scale_log2, kSlack);
+      raised |= alpha[h] != 1;
+      huge |= fabsf(softmax[h].base()) > kFusedUpTo<float>;
+    }
+    const bool seldom = __any_sync(0xffffffffu, raised || huge);
+    float factor = scale_log2;
+    if (seldom && __any_sync(0xffffffffu, huge)) {
+      scale_scores(scale_log2);
+      factor = 1;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float tile_sum = 0;
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[4 * n + 2 * h + j];
+          score = softmax[h].weight(score * factor);
+          tile_sum += score;
+        }
+      }
+      softmax[h].absorb(alpha[h], tile_sum);
+    }
+    return seldom;
+  }
+
+  // P, rounded. Not while a product reads the last one.
+  __device__ __forceinline__ void round_probabilities() {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) {
+      p[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kOuts; ++i) out[i] *= factor[i / 2 % 2];
+  }
+
+  // Adds the Inf and NaN elements of the values of one tile, which the product has seen as zeros,
+  // to the rows that see their keys. Exact weights are positive, so the sum is what the weighted
+  // one would be, whenever it is taken.
+  __device__ __forceinline__ void add_nonfinite(const Mask& mask, int32_t q_begin,
+                                                const Element* v, int64_t stride, int D_v,
+                                                KvRange keys) {
+    const int first_column = lane() % 4 * 2;
+#pragma unroll 1
+    for (int32_t kv_idx = keys.begin; kv_idx < keys.end; ++kv_idx) {
+      const bool visible[2] = {mask.visible(q_begin + row(0), kv_idx),
+                               mask.visible(q_begin + row(1), kv_idx)};
+      const Element* v_row = v + kv_idx * stride + first_column;
+#pragma unroll
+      for (int i = 0; i < kConfig.value_dim / 4; ++i) {
+        const int column = i / 2 * 8 + i % 2;
+        if (first_column + column >= D_v) continue;
+        const float x = static_cast<float>(v_row[column]);
+        const float nonfinite = isfinite(x) ? 0.0f : x;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          out[i / 2 * 4 + 2 * h + i % 2] += visible[h] ? nonfinite : 0.0f;
+        }
+      }
+    }
+  }
+
+  // Writes the warp's 16 rows of the output, rounded, to its boxes of shared memory; `rows` is
+  // where the first box has them, `box_bytes` the distance to the next box.
+  __device__ __forceinline__ void write_out(uint32_t rows, uint32_t box_bytes) const {
+    const int in_matrix = lane() % 8;
+    const uint32_t target = rows + (lane() / 8 % 2 * 8 + in_matrix) * ForwardConfig::kRowBytes;
+#pragma unroll
+    for (int n = 0; n < kConfig.value_dim / 8; n += 2) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = pack_pair<Element>(out[4 * n + 2 * i], out[4 * n + 2 * i + 1]);
+      }
+      const int chunk = (n % 8 + lane() / 16) ^ in_matrix;
+      ptx::stmatrix_x4(target + n / 8 * box_bytes + chunk * 16, words);
+    }
+  }
+};
+
+}  // namespace online_attention::cuda::hopper
