@@ -39,9 +39,11 @@ Status run(const ForwardArgs& args, int grid) {
   ForwardCall call;
   const Status status = describe_call(args, config, call);
   if (status != kOk) return status;
-  const TileShape tile = {.m = config.tile_m(), .n = N, .column_blocks = 1, .blocks_per_sm = 1, .packs = false, .splits = false};
-  call.plan = plan_tiles(args, tile, 132);
-  const int64_t blocks = std::min<int64_t>(grid, call.plan.tiles());
+  static uint32_t* taken = nullptr;
+  if (taken == nullptr) CHECK(cudaMalloc(&taken, 4));
+  call.taken = args.mask.is_banded() ? taken : nullptr;
+  if (call.taken) CHECK(cudaMemsetAsync(taken, 0, 4));
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(grid, call.plan.tiles()));
   return launch(forward_kernel<Element, D, DV, N, G, S, QS, T>, blocks, config.threads(), config.smem_bytes(), nullptr, call);
 }
 

@@ -20,7 +20,12 @@ struct ForwardCall {
   TensorBox q, k, v, out;
   ForwardArgs args;
   TilePlan plan;
+  // The rows [0, first_row) and [last_row, S_q) see no key and belong to no tile.
+  int32_t first_row, last_row;
   float sign, scale_log2;
+  // How many tiles have been taken beyond the first of each block, 0 at the start; nullptr: blocks
+  // take turns.
+  uint32_t* taken;
 };
 
 }  // namespace online_attention::cuda::hopper

@@ -12,10 +12,16 @@ namespace online_attention::cuda::hopper {
 struct Tile {
   int32_t b, h;
   int32_t q_begin;                 // the first row; -1: there is no further tile
-  int32_t kv_begin, kv_blocks;     // its key tiles, of tile_n keys from kv_begin on
+  int32_t kv_begin, kv_blocks;     // its key tiles, of tile_n keys from kv_begin on; one or more
   int32_t plain_begin, plain_end;  // the keys that every row of the tile sees
   int32_t reserved;
 };
+
+// Named barriers (ids of ptx::barrier_sync; 0 is the block's): whose turn it is to issue products, a
+// warpgroup by itself, and the inspectors.
+inline constexpr int kTurnBarrier = 1;   // + group
+inline constexpr int kGroupBarrier = 4;  // + group
+inline constexpr int kInspectorBarrier = 7;
 
 struct ForwardConfig {
   int head_dim;     // D is padded up to this inside the kernel
@@ -56,8 +62,8 @@ struct ForwardConfig {
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const { return flag_offset() + stages * 4; }
 
   // Registers of a thread after the warpgroups have settled; 64 K in all.
-  ONLINE_ATTENTION_HD constexpr int consumer_registers() const { return consumers == 3 ? 160 : 240; }
-  ONLINE_ATTENTION_HD constexpr int producer_registers() const { return consumers == 3 ? 32 : 24; }
+  ONLINE_ATTENTION_HD constexpr int consumer_registers() const { return consumers == 3 ? 160 : 232; }
+  ONLINE_ATTENTION_HD constexpr int producer_registers() const { return consumers == 3 ? 32 : 40; }
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = consumers * consumer_registers() + producer_registers();

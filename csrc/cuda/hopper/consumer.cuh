@@ -2,29 +2,31 @@
 // A consumer warpgroup's main loop and epilogue.
 #pragma once
 
-#include "cuda/hopper/call.h"
 #include "cuda/hopper/producer.cuh"
-#include "cuda/hopper/shared_map.cuh"
 #include "cuda/hopper/warpgroup_tile.cuh"
-#include "cuda/ptx/barrier.cuh"
 
 namespace online_attention::cuda::hopper {
-
-// Named barriers (ids of ptx::barrier_sync; 0 is the block's): whose turn it is to issue products,
-// and a warpgroup with itself.
-inline constexpr int kTurnBarrier = 1;  // + group
-inline constexpr int kGroupBarrier = 4;  // + group
 
 template <typename Element, ForwardConfig kConfig>
 struct Consumer {
   using Map = SharedMap<kConfig>;
+  static constexpr int kBoxBytes = 64 * ForwardConfig::kRowBytes;  // of a group's rows
+
   const ForwardCall& call;
   const Map& smem;
   int group;  // 0 .. consumers - 1
   typename Map::QPlace q;
   typename Map::KvPlace k, v;
   WarpgroupTile<Element, kConfig> rows;
-  bool nonfinite;  // some value of the tile was, see inspect_values
+  float inverse_sum[2];  // of the finished query tile
+  int finished = -1;     // the stage of a query tile whose outputs are to be stored
+  int stored = -1;       // the stage of one whose store may still read shared memory
+  bool nonfinite = false;  // some value of the query tile was, see inspect_values
+
+  // The key tile whose scores come next.
+  int32_t q_begin;  // this group's first row
+  int32_t kv, kv_begin;
+  KvRange plain;  // keys that every row of the query tile sees
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
   __device__ __forceinline__ void take_turn() const {
@@ -37,70 +39,106 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ uint32_t q_rows(int stage) const {
+    return smem.q(stage) + group * kConfig.q_rows_bytes();
+  }
   __device__ __forceinline__ void start_scores() {
     wait(smem.k_full(k.stage), k.phase);
-    rows.start_scores(smem.q(q.stage) + group * kConfig.q_rows_bytes(), smem.k(k.stage));
+    rows.start_scores(q_rows(q.stage), smem.k(k.stage));
   }
   __device__ __forceinline__ void release_k() {
     if (speaks()) ptx::mbarrier_arrive(smem.k_empty(k.stage));
     k.advance();
   }
-  // After wait_values.
-  __device__ __forceinline__ void start_out(const Tile& tile, int32_t kv, bool accumulate) {
-    if (is_cut<kConfig>(tile, kv) && call.args.mask.is_banded()) {
-      nonfinite |= smem.nonfinite(v.stage) != 0;
-    }
-    rows.start_out(smem.v(v.stage), accumulate);
+  // After wait_values. `first` of its query tile; `cut` by the mask.
+  __device__ __forceinline__ void start_out(bool first, bool cut) {
+    if (cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(v.stage) != 0;
+    rows.start_out(smem.v(v.stage), !first);
   }
   __device__ __forceinline__ void release_v() {
     if (speaks()) ptx::mbarrier_arrive(smem.v_empty(v.stage));
     v.advance();
   }
-  // For the values of this tile, or of the next.
+  // For the values of this block, or of the next.
   __device__ __forceinline__ void wait_values(bool next) {
     typename Map::KvPlace place = v;
     if (next) place.advance();
     wait(smem.v_full(place.stage), place.phase);
   }
-  // The store of the last tile has read its shared memory: the next but one may be loaded there.
-  __device__ __forceinline__ void release_q(int stage) {
+  // Gives the Q tile back whose part of shared memory the last store has read.
+  __device__ __forceinline__ void release_q() {
+    if (stored < 0) return;
     if (speaks()) {
       ptx::tma_store_wait_read<0>();
-      ptx::mbarrier_arrive(smem.q_empty(stage));
+      ptx::mbarrier_arrive(smem.q_empty(stored));
     }
+    stored = -1;
   }
 
-  __device__ __forceinline__ bool update_softmax(const Tile& tile, int32_t kv) {
+  __device__ __forceinline__ bool is_cut() const {
+    return kv < plain.begin || kv + kConfig.tile_n > plain.end;
+  }
+  __device__ __forceinline__ bool update_softmax(bool first, bool cut) {
+    if (first) rows.softmax[0] = rows.softmax[1] = {};
     if (call.sign != 1) rows.scale_scores(call.sign);
-    if (is_cut<kConfig>(tile, kv)) rows.hide(call.args.mask, tile.q_begin + 64 * group, kv);
+    if (cut) rows.hide(call.args.mask, q_begin, kv);
     return rows.update_softmax(call.scale_log2);
   }
 
-  // The key tiles from the last to the first. The scores of a tile are computed, and turned into
-  // probabilities, while the product of the tile before runs.
-  __device__ __forceinline__ void attend(const Tile& tile, int released_stage) {
-    int32_t kv = tile.kv_begin + (tile.kv_blocks - 1) * kConfig.tile_n;
+  // The last key tile of the query tile at q; false: there is no further query tile.
+  __device__ __forceinline__ bool open_tile() {
+    wait(smem.q_full(q.stage), q.phase);
+    const Tile& tile = smem.tile(q.stage);
+    if (tile.q_begin < 0) return false;
+    q_begin = tile.q_begin + 64 * group;
+    kv_begin = tile.kv_begin;
+    kv = kv_begin + (tile.kv_blocks - 1) * kConfig.tile_n;
+    plain = {tile.plain_begin, tile.plain_end};
+    return true;
+  }
+  // Key tiles come from the last to the first.
+  __device__ __forceinline__ bool advance(bool& first) {
+    first = kv == kv_begin;
+    if (first) {
+      q.advance();
+      return open_tile();
+    }
+    kv -= kConfig.tile_n;
+    return true;
+  }
+
+  // S = Q K^T of the next key tile runs with O += P V of this one, and the softmax of the next under
+  // the latter. Query tiles follow each other without a break: where the next key tile opens one,
+  // the outputs of the one before are stored under its second S = Q K^T.
+  __device__ __forceinline__ void run() {
+    if (group == kConfig.consumers - 1) pass_turn();  // the first turn is group 0's
+    if (!open_tile()) return;
+    bool first = true, cut = is_cut();
+    int stage = q.stage;
     take_turn();
     start_scores();
     pass_turn();
-    if (released_stage >= 0) release_q(released_stage);
     ptx::wgmma_wait<0>();
     ptx::held(rows.scores);
     release_k();
-    update_softmax(tile, kv);
+    update_softmax(first, cut);
     rows.round_probabilities();
     wait_values(false);
-    bool accumulate = false;
+    bool next_first;
 #pragma unroll 1
-    for (; kv > tile.kv_begin; kv -= kConfig.tile_n) {
+    while (advance(next_first)) {
       take_turn();
-      start_scores();                     // S = Q K^T of the next tile
-      start_out(tile, kv, accumulate);    // O += P V of this one
+      start_scores();
+      if (finished >= 0) store();
+      start_out(first, cut);
       pass_turn();
       ptx::wgmma_wait<1>();
       ptx::held(rows.scores);
       release_k();
-      const bool raised = update_softmax(tile, kv - kConfig.tile_n);
+      first = next_first;
+      cut = is_cut();
+      if (first) finish_rows(stage);
+      const bool raised = update_softmax(first, cut);
       ptx::held(rows.scores);
       // Here, not where they are needed: without a branch in between, ptxas moves most exponentials
       // behind the wait for O, and nothing overlaps.
@@ -109,33 +147,30 @@ struct Consumer {
       ptx::held(rows.out);
       ptx::held(rows.p);
       release_v();
+      release_q();
       rows.round_probabilities();
-      if (raised) rows.rescale(rows.alpha);
-      accumulate = true;
+      if (first) {
+        finished = stage;
+        stage = q.stage;
+      } else if (raised) {
+        rows.rescale(rows.alpha);
+      }
     }
-    start_out(tile, kv, accumulate);
+    if (finished >= 0) store();
+    start_out(first, cut);
+    finish_rows(stage);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
-    release_v();
+    finished = stage;
+    store();
+    if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the store
   }
 
-  __device__ __forceinline__ void add_nonfinite(const Tile& tile) {
+  // The sums are complete but for the quad: lse, and what the outputs are to be multiplied by.
+  __device__ __forceinline__ void finish_rows(int stage) {
     const ForwardArgs& args = call.args;
-    const Element* v = args.v.row<const Element>(tile.b, tile.h / call.plan.group, 0);
-    for (int32_t block = 0; block < tile.kv_blocks; ++block) {
-      const int32_t kv = tile.kv_begin + block * kConfig.tile_n;
-      if (!is_cut<kConfig>(tile, kv)) continue;
-      rows.add_nonfinite(args.mask, tile.q_begin + 64 * group, v, args.v.stride_s,
-                         static_cast<int>(args.shape.D_v),
-                         {kv, min(kv + kConfig.tile_n, args.mask.s_kv)});
-    }
-  }
-
-  // Through this warpgroup's part of the Q tile, which nobody reads any more.
-  __device__ __forceinline__ void store(const Tile& tile) {
-    const ForwardArgs& args = call.args;
-    float inverse_sum[2];
+    const Tile& tile = smem.tile(stage);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       SoftmaxRow<float>& row = rows.softmax[h];
@@ -147,17 +182,21 @@ struct Consumer {
         static_cast<float*>(args.lse)[head * args.shape.S_q + q_idx] = row.lse();  // (E10)
       }
     }
+  }
+
+  // Stores the finished tile through this group's part of its Q tile, which nobody reads any more.
+  __device__ __forceinline__ void store() {
+    const Tile& tile = smem.tile(finished);
     rows.rescale(inverse_sum);
-    ptx::barrier_sync(kGroupBarrier + group, 128);
-    const int warp_row = 16 * rows.warp();
-    const uint32_t target = smem.q(q.stage) + group * kConfig.q_rows_bytes() +
-                            warp_row * ForwardConfig::kRowBytes;
-    constexpr int kBoxBytes = 64 * ForwardConfig::kRowBytes;
+    ptx::barrier_sync(kGroupBarrier + group, 128);  // all four warps are done with Q
+    const uint32_t target = q_rows(finished) + 16 * rows.warp() * ForwardConfig::kRowBytes;
     rows.write_out(target, kBoxBytes);
+    const int32_t q_idx = tile.q_begin + 64 * group + 16 * rows.warp();
+    if (nonfinite) add_nonfinite(tile, q_idx, target);
+    nonfinite = false;
     ptx::fence_async_proxy();
     __syncwarp();
     if (speaks()) {
-      const int32_t q_idx = tile.q_begin + 64 * group + warp_row;
 #pragma unroll
       for (int c = 0; c < kConfig.value_boxes(); ++c) {
         ptx::tma_store(call.out.map, target + c * kBoxBytes, c * ForwardConfig::kColumns, q_idx,
@@ -165,33 +204,34 @@ struct Consumer {
       }
       ptx::tma_store_commit();
     }
+    stored = finished;
+    finished = -1;
   }
 
-  __device__ __forceinline__ void run() {
-    if (group == kConfig.consumers - 1) pass_turn();  // the first turn is group 0's
-    int released_stage = -1;
-    for (;; q.advance()) {
-      wait(smem.q_full(q.stage), q.phase);
-      const Tile tile = smem.tile(q.stage);
-      if (tile.q_begin < 0) break;
-      rows.softmax[0] = rows.softmax[1] = {};
-      nonfinite = false;
-      if (tile.kv_blocks > 0) {
-        attend(tile, released_stage);
-        if (nonfinite) add_nonfinite(tile);
-      } else {
-        if (released_stage >= 0) release_q(released_stage);
-#pragma unroll
-        for (float& x : rows.out) x = 0;
+  // Adds the Inf and NaN elements of values that the mask cuts, which the product has seen as
+  // zeros, to the warp's rows that see their keys, at `target` in shared memory. Exact weights are
+  // positive, so the sum is what the weighted one would be, and nothing else counts beside it.
+  __device__ __forceinline__ void add_nonfinite(const Tile& tile, int32_t q_idx, uint32_t target) {
+    const ForwardArgs& args = call.args;
+    __syncwarp();
+#pragma unroll 1
+    for (int i = rows.lane(); i < 16 * args.shape.D_v; i += 32) {
+      const int row = i % 16, column = i / 16;
+      const KvRange seen = args.mask.kv_range(q_idx + row, q_idx + row + 1);
+      const Element* value =
+          args.v.row<const Element>(tile.b, tile.h / call.plan.group, seen.begin) + column;
+      float sum = 0;
+#pragma unroll 1
+      for (int32_t kv_idx = seen.begin; kv_idx < seen.end; ++kv_idx, value += args.v.stride_s) {
+        const float x = static_cast<float>(*value);
+        if (!isfinite(x)) sum += x;
       }
-      store(tile);
-      released_stage = q.stage;
-      if constexpr (kConfig.q_stages == 1) {
-        release_q(released_stage);
-        released_stage = -1;
-      }
+      if (sum == 0) continue;
+      const int chunk = column / 8 % 8 ^ row % 8;
+      const uint32_t address = target + column / 64 * kBoxBytes + row * ForwardConfig::kRowBytes +
+                               chunk * 16 + column % 8 * 2;
+      ptx::store_shared_element(address, static_cast<Element>(sum));
     }
-    if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the store
   }
 };
 

@@ -25,8 +25,8 @@ __device__ __forceinline__ void forward(const ForwardCall& call, unsigned char* 
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32u), 0);
     if (warp == 0) {
       if (threadIdx.x == 0) Loader<kConfig>{call, smem}.run();
-    } else if (warp == 1) {
-      inspect_values<Element, kConfig>(call, smem);
+    } else {
+      inspect_values<Element, kConfig>(call, smem, warp - 1);
     }
   } else {
     ptx::take_registers<kConfig.consumer_registers()>();

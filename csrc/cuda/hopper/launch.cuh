@@ -19,9 +19,21 @@ __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
   forward<Element, kConfig>(call, smem);
 }
 
-// Fills in a call but its plan.
+// One query tile of one head for each block, in the order of TilePlan::locate; rows that see no key
+// are left out, whole or by tiles.
+inline void plan_call(const ForwardArgs& args, const ForwardConfig& config, ForwardCall& call) {
+  const TileShape tile = {.m = config.tile_m(), .n = config.tile_n, .column_blocks = 1, .blocks_per_sm = 1, .packs = false, .splits = false};
+  call.plan = plan_tiles(args, tile, 0);
+  const QRange seeing = args.mask.q_range(0, args.mask.s_kv, call.plan.rows);
+  call.first_row = seeing.begin;
+  call.last_row = seeing.begin + seeing.size();
+  call.plan.q_tiles = ceil_div(seeing.size(), config.tile_m());
+}
+
+// Fills in a call but `taken`.
 inline Status describe_call(const ForwardArgs& args, const ForwardConfig& config, ForwardCall& call) {
   const Shape& s = args.shape;
+  plan_call(args, config, call);
   call.args = args;
   call.sign = static_cast<float>(args.scale.sign);
   call.scale_log2 = static_cast<float>(args.scale.log2);

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The two warps that fill shared memory: the loader, one thread of which walks the tiles and starts
-// every copy, and the inspector, which looks through tiles of values that the mask cuts.
+// The warps that fill shared memory: the loader, one thread of which walks the tiles and starts
+// every copy, and the inspectors, which look through tiles of values that the mask cuts.
 #pragma once
 
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/call.h"
 #include "cuda/hopper/shared_map.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace online_attention::cuda::hopper {
 
-// Tiles go round the blocks to and fro: with the longest first, a block that got the longest of one
-// round gets the shortest of the next.
-__device__ __forceinline__ uint32_t tile_index(uint32_t round) {
-  const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-  return round * gridDim.x + place;
+// The tile after `index` for this block. Equal tiles go round the blocks; others are taken by
+// whoever is free, the longest first.
+__device__ __forceinline__ uint32_t next_index(const ForwardCall& call, uint32_t index) {
+  if (call.taken == nullptr) return index + gridDim.x;
+  return gridDim.x + atomicAdd(call.taken, 1u);
 }
 
 // The keys that all queries of [q_begin, q_end) see.
@@ -31,8 +32,8 @@ __device__ __forceinline__ KvRange seen_by_all(const Mask& mask, int32_t q_begin
 template <ForwardConfig kConfig>
 __device__ __forceinline__ Tile tile_at(const ForwardCall& call, uint32_t index) {
   const TileCoord at = call.plan.locate(index);
-  const int32_t q_begin = at.q_tile * kConfig.tile_m();
-  const int32_t q_end = min(q_begin + kConfig.tile_m(), call.plan.rows);
+  const int32_t q_begin = call.first_row + at.q_tile * kConfig.tile_m();
+  const int32_t q_end = min(q_begin + kConfig.tile_m(), call.last_row);
   KvRange keys = call.args.mask.kv_range(q_begin, q_end);
   keys.begin -= keys.begin % kConfig.tile_n;
   const KvRange plain = seen_by_all(call.args.mask, q_begin, q_end);
@@ -99,8 +100,7 @@ struct Loader {
   __device__ __forceinline__ void run() {
     const auto tiles = static_cast<uint32_t>(call.plan.tiles());
     const bool banded = call.args.mask.is_banded();
-    for (uint32_t round = 0;; ++round) {
-      const uint32_t index = tile_index(round);
+    for (uint32_t index = blockIdx.x;;) {
       wait(smem.q_empty(q.stage), q.phase ^ 1);
       if (index >= tiles) {
         smem.tile(q.stage).q_begin = -1;
@@ -111,27 +111,81 @@ struct Loader {
       smem.tile(q.stage) = tile;
       load_q(tile);
       q.advance();
+      index = next_index(call, index);  // early: the answer takes a while
       const int32_t h_kv = tile.h / call.plan.group;
       for (int32_t block = tile.kv_blocks - 1; block >= 0; --block) {
         const int32_t kv = tile.kv_begin + block * kConfig.tile_n;
         load_k(tile, h_kv, kv);
         if (block < tile.kv_blocks - 1) load_v(tile, h_kv, kv + kConfig.tile_n, banded);
       }
-      if (tile.kv_blocks > 0) load_v(tile, h_kv, tile.kv_begin, banded);
+      load_v(tile, h_kv, tile.kv_begin, banded);
     }
   }
 };
 
+// Rows that see no key: out = 0, lse = -inf. By the inspectors of all blocks.
+template <typename Element>
+__device__ __forceinline__ void fill_empty_rows(const ForwardCall& call, int thread) {
+  const Shape& shape = call.args.shape;
+  const int64_t behind = shape.S_q - call.last_row, rows = call.first_row + behind;
+  const int64_t size = rows * shape.B * shape.H;
+  constexpr int kThreads = kInspectors * 32;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + thread; i < size; i += int64_t{gridDim.x} * kThreads) {
+    const int64_t head = i / rows, r = i % rows;
+    const int64_t q_idx = r < call.first_row ? r : r + call.last_row - call.first_row;
+    Element* out = call.args.out.row<Element>(head / shape.H, head % shape.H, q_idx);
+    for (int64_t d = 0; d < shape.D_v; ++d) out[d] = static_cast<Element>(0.0f);
+    static_cast<float*>(call.args.lse)[head * shape.S_q + q_idx] = -kInfinity<float>;
+  }
+}
+
+// Whether the 16-byte pieces of a tile from `begin` to `end`, `step` apart, hold Inf or NaN: 0 times
+// one of them is NaN, which stays in a sum.
+template <typename Element>
+__device__ __forceinline__ bool has_nonfinite(uint32_t begin, uint32_t end, uint32_t step) {
+  using Pair = PairOf<Element>;
+  const Pair zero = zero_pair<Element>();
+  Pair sums[4] = {zero, zero, zero, zero};
+#pragma unroll 4
+  for (uint32_t address = begin; address < end; address += step) {
+    uint32_t words[4];
+    ptx::load_shared(words, address);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      sums[w] = __hfma2(reinterpret_cast<const Pair&>(words[w]), zero, sums[w]);
+    }
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) bits |= reinterpret_cast<const uint32_t&>(sums[w]);
+  return (bits & 0x7fff7fffu) != 0;
+}
+
+// Replaces them by zeros.
+template <typename Element>
+__device__ __forceinline__ void clear_nonfinite(uint32_t begin, uint32_t end, uint32_t step) {
+#pragma unroll 1
+  for (uint32_t address = begin; address < end; address += step) {
+    uint32_t words[4];
+    ptx::load_shared(words, address);
+#pragma unroll
+    for (uint32_t& word : words) word = without_nonfinite<Element>(word);
+    ptx::store_shared(address, words);
+  }
+  ptx::fence_async_proxy();
+}
+
 // Where a key is hidden from some rows of the tile and seen by others, its value must not reach
-// the former as 0 * NaN. So the inspector replaces Inf and NaN in such tiles by zeros, and the
-// consumers, told so, add them to the rows that see them before they store (add_nonfinite). All 32
-// lanes of one warp; it runs ahead of the consumers, which wait for it only where it is late.
+// the former as 0 * NaN. So the inspectors replace Inf and NaN in such tiles by zeros, and the
+// consumers, told so, add them to the rows that see them before they store (add_nonfinite). They
+// run ahead of the consumers, which wait only where they are late. `warp` from 0 to kInspectors.
 template <typename Element, ForwardConfig kConfig>
 __device__ __forceinline__ void inspect_values(const ForwardCall& call,
-                                               const SharedMap<kConfig>& smem) {
+                                               const SharedMap<kConfig>& smem, int warp) {
   using Map = SharedMap<kConfig>;
-  const int lane = static_cast<int>(threadIdx.x % 32u);
+  const uint32_t lane = threadIdx.x % 32u;
   const bool banded = call.args.mask.is_banded();
+  fill_empty_rows<Element>(call, warp * 32 + lane);
   typename Map::QPlace q;
   typename Map::KvPlace v;
   uint32_t landed_phases = 0;  // one bit for each stage
@@ -146,24 +200,13 @@ __device__ __forceinline__ void inspect_values(const ForwardCall& call,
       if (!is_cut<kConfig>(tile, tile.kv_begin + block * kConfig.tile_n)) continue;
       wait(smem.v_landed(v.stage), landed_phases >> v.stage & 1);
       landed_phases ^= 1u << v.stage;
-      bool found = false;
-      const uint32_t begin = smem.v(v.stage) + lane * 16;
-#pragma unroll 2
-      for (int piece = 0; piece < kConfig.v_bytes(); piece += 32 * 16) {
-        uint32_t words[4];
-        ptx::load_shared(words, begin + piece);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const uint32_t finite = without_nonfinite<Element>(words[w]);
-          if (finite == words[w]) continue;
-          found = true;
-          ptx::store_shared(begin + piece + 4 * w, finite);
-        }
-      }
-      if (found) ptx::fence_async_proxy();
-      const bool any = __any_sync(0xffffffffu, found);
-      __syncwarp();
-      if (lane == 0) {
+      const uint32_t begin = smem.v(v.stage) + (warp * 32 + lane) * 16;
+      const uint32_t end = smem.v(v.stage) + kConfig.v_bytes();
+      constexpr uint32_t kStep = kInspectors * 32 * 16;
+      const bool found = has_nonfinite<Element>(begin, end, kStep);
+      if (found) clear_nonfinite<Element>(begin, end, kStep);
+      const bool any = ptx::barrier_or(kInspectorBarrier, kInspectors * 32, found);
+      if (warp == 0 && lane == 0) {
         smem.nonfinite(v.stage) = any;
         ptx::mbarrier_arrive(smem.v_full(v.stage));
       }

@@ -26,6 +26,9 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t phase) {
   }
 }
 
+// Warps that look through values that the mask cuts, see inspect_values.
+inline constexpr int kInspectors = 3;
+
 // Barriers, named by the fact they announce. `full` is waited for by those who read, in the phase
 // of their own pass; `empty` by the producer, in the phase of the pass before.
 template <ForwardConfig kConfig>
@@ -58,7 +61,7 @@ struct SharedMap {
   __device__ __forceinline__ uint32_t k_empty(int stage) const { return kv_barrier(1, stage); }
   __device__ __forceinline__ uint32_t v_full(int stage) const { return kv_barrier(2, stage); }
   __device__ __forceinline__ uint32_t v_empty(int stage) const { return kv_barrier(3, stage); }
-  // The values of a tile that the mask cuts have come; the inspector makes them v_full.
+  // The values of a tile that the mask cuts have come; the inspectors make them v_full.
   __device__ __forceinline__ uint32_t v_landed(int stage) const { return kv_barrier(4, stage); }
 
   __device__ __forceinline__ Tile& tile(int stage) const {
@@ -74,7 +77,7 @@ struct SharedMap {
     constexpr int kWarps = 4 * kConfig.consumers;
     for (int stage = 0; stage < kConfig.q_stages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), kWarps + 1);  // and the inspector
+      ptx::mbarrier_init(q_empty(stage), kWarps + kInspectors);
     }
     for (int stage = 0; stage < kConfig.stages; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);

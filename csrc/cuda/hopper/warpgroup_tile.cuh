@@ -91,8 +91,15 @@ struct WarpgroupTile {
       for (int n = 0; n < kConfig.tile_n / 8; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          float& score = scores[4 * n + 2 * h + j];
-          score = 8 * n + j >= begin && 8 * n + j < end ? score : -kInfinity<float>;
+          if (8 * n + j >= end) scores[4 * n + 2 * h + j] = -kInfinity<float>;
+        }
+      }
+      if (!__any_sync(0xffffffffu, begin > -8)) continue;  // begin + 2 * lane > 0 for some lane
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (8 * n + j < begin) scores[4 * n + 2 * h + j] = -kInfinity<float>;
         }
       }
     }
@@ -149,32 +156,6 @@ struct WarpgroupTile {
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < kOuts; ++i) out[i] *= factor[i / 2 % 2];
-  }
-
-  // Adds the Inf and NaN elements of the values of one tile, which the product has seen as zeros,
-  // to the rows that see their keys. Exact weights are positive, so the sum is what the weighted
-  // one would be, whenever it is taken.
-  __device__ __forceinline__ void add_nonfinite(const Mask& mask, int32_t q_begin,
-                                                const Element* v, int64_t stride, int D_v,
-                                                KvRange keys) {
-    const int first_column = lane() % 4 * 2;
-#pragma unroll 1
-    for (int32_t kv_idx = keys.begin; kv_idx < keys.end; ++kv_idx) {
-      const bool visible[2] = {mask.visible(q_begin + row(0), kv_idx),
-                               mask.visible(q_begin + row(1), kv_idx)};
-      const Element* v_row = v + kv_idx * stride + first_column;
-#pragma unroll
-      for (int i = 0; i < kConfig.value_dim / 4; ++i) {
-        const int column = i / 2 * 8 + i % 2;
-        if (first_column + column >= D_v) continue;
-        const float x = static_cast<float>(v_row[column]);
-        const float nonfinite = isfinite(x) ? 0.0f : x;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          out[i / 2 * 4 + 2 * h + i % 2] += visible[h] ? nonfinite : 0.0f;
-        }
-      }
-    }
   }
 
   // Writes the warp's 16 rows of the output, rounded, to its boxes of shared memory; `rows` is
