@@ -16,17 +16,18 @@ struct Consumer {
   const Map& smem;
   int group;  // 0 .. consumers - 1
   typename Map::QPlace q;
-  typename Map::KvPlace k, v;
+  uint32_t tiles = 0;  // key tiles whose scores are done; the values of the last are still to come
   WarpgroupTile<Element, kConfig> rows;
   float inverse_sum[2];  // of the finished query tile
   int finished = -1;     // the stage of a query tile whose outputs are to be stored
   int stored = -1;       // the stage of one whose store may still read shared memory
   bool nonfinite = false;  // some value of the query tile was, see inspect_values
 
-  // The key tile whose scores come next.
-  int32_t q_begin;  // this group's first row
+  // The last key tile whose scores were started, and whether it is the first of its query tile and
+  // whether the mask cuts it.
+  int stage;  // of its query tile
+  bool first, cut;
   int32_t kv, kv_begin;
-  KvRange plain;  // keys that every row of the query tile sees
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
   __device__ __forceinline__ void take_turn() const {
@@ -42,28 +43,26 @@ struct Consumer {
   __device__ __forceinline__ uint32_t q_rows(int stage) const {
     return smem.q(stage) + group * kConfig.q_rows_bytes();
   }
+  // The place of the i-th key tile, keys and values alike.
+  __device__ __forceinline__ static int stage_of(uint32_t i) {
+    static_assert(kConfig.stages == 2 || kConfig.stages == 4);
+    return static_cast<int>(i % kConfig.stages);
+  }
+  __device__ __forceinline__ static uint32_t phase_of(uint32_t i) { return i / kConfig.stages % 2; }
+
   __device__ __forceinline__ void start_scores() {
-    wait(smem.k_full(k.stage), k.phase);
-    rows.start_scores(q_rows(q.stage), smem.k(k.stage));
+    const int stage = stage_of(tiles);
+    wait(smem.k_full(stage), phase_of(tiles));
+    rows.start_scores(q_rows(q.stage), smem.k(stage));
   }
   __device__ __forceinline__ void release_k() {
-    if (speaks()) ptx::mbarrier_arrive(smem.k_empty(k.stage));
-    k.advance();
+    if (speaks()) ptx::mbarrier_arrive(smem.k_empty(stage_of(tiles)));
   }
-  // After wait_values. `first` of its query tile; `cut` by the mask.
-  __device__ __forceinline__ void start_out(bool first, bool cut) {
-    if (cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(v.stage) != 0;
-    rows.start_out(smem.v(v.stage), !first);
+  __device__ __forceinline__ void wait_values() {
+    wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
   }
   __device__ __forceinline__ void release_v() {
-    if (speaks()) ptx::mbarrier_arrive(smem.v_empty(v.stage));
-    v.advance();
-  }
-  // For the values of this block, or of the next.
-  __device__ __forceinline__ void wait_values(bool next) {
-    typename Map::KvPlace place = v;
-    if (next) place.advance();
-    wait(smem.v_full(place.stage), place.phase);
+    if (speaks()) ptx::mbarrier_arrive(smem.v_empty(stage_of(tiles - 1)));
   }
   // Gives the Q tile back whose part of shared memory the last store has read.
   __device__ __forceinline__ void release_q() {
@@ -75,25 +74,13 @@ struct Consumer {
     stored = -1;
   }
 
-  __device__ __forceinline__ bool is_cut() const {
-    return kv < plain.begin || kv + kConfig.tile_n > plain.end;
-  }
-  __device__ __forceinline__ bool update_softmax(bool first, bool cut) {
-    if (first) rows.softmax[0] = rows.softmax[1] = {};
-    if (call.sign != 1) rows.scale_scores(call.sign);
-    if (cut) rows.hide(call.args.mask, q_begin, kv);
-    return rows.update_softmax(call.scale_log2);
-  }
-
   // The last key tile of the query tile at q; false: there is no further query tile.
   __device__ __forceinline__ bool open_tile() {
     wait(smem.q_full(q.stage), q.phase);
     const Tile& tile = smem.tile(q.stage);
     if (tile.q_begin < 0) return false;
-    q_begin = tile.q_begin + 64 * group;
     kv_begin = tile.kv_begin;
     kv = kv_begin + (tile.kv_blocks - 1) * kConfig.tile_n;
-    plain = {tile.plain_begin, tile.plain_end};
     return true;
   }
   // Key tiles come from the last to the first.
@@ -107,57 +94,91 @@ struct Consumer {
     return true;
   }
 
-  // S = Q K^T of the next key tile runs with O += P V of this one, and the softmax of the next under
+  // What happens to the scores of a tile. `plain`: no mask cuts it, it is not the first of its query
+  // tile, and the scale is positive.
+  template <bool kPlain>
+  __device__ __forceinline__ bool update_softmax() {
+    if constexpr (!kPlain) {
+      if (first) rows.reset_softmax();
+      if (call.sign != 1) rows.scale_scores(call.sign);
+      if (cut) rows.hide(call.args.mask, smem.tile(q.stage).q_begin + 64 * group, kv);
+    }
+    return rows.update_softmax(call.scale_log2);
+  }
+
+  // S = Q K^T of the next key tile runs with O += P V of the last, and the softmax of the next under
   // the latter. Query tiles follow each other without a break: where the next key tile opens one,
   // the outputs of the one before are stored under its second S = Q K^T.
+  template <bool kPlain>
+  __device__ __forceinline__ void step(bool opens) {
+    take_turn();
+    start_scores();
+    if constexpr (kPlain) {
+      rows.start_out(smem.v(stage_of(tiles - 1)), true);
+    } else {
+      if (finished >= 0) store();
+      if (cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(stage_of(tiles - 1)) != 0;
+      rows.start_out(smem.v(stage_of(tiles - 1)), !first);
+    }
+    pass_turn();
+    ptx::wgmma_wait<1>();
+    ptx::held(rows.scores);
+    release_k();
+    if constexpr (!kPlain) {
+      first = opens;
+      cut = is_cut<kConfig>(smem.tile(q.stage), kv);
+      if (first) finish_rows(stage);
+    }
+    const bool raised = update_softmax<kPlain>();
+    ptx::held(rows.scores);
+    // Here, not where they are needed: without a branch in between, ptxas moves most exponentials
+    // behind the wait for O, and nothing overlaps.
+    wait_values();
+    ptx::wgmma_wait<0>();
+    ptx::held(rows.out);
+    ptx::held(rows.p);
+    release_v();
+    rows.round_probabilities();
+    if (kPlain || !first) {
+      if (raised) rows.rescale(rows.alpha);
+    } else {
+      finished = stage;
+      stage = q.stage;
+    }
+    if constexpr (!kPlain) release_q();
+    ++tiles;
+  }
+
   __device__ __forceinline__ void run() {
     if (group == kConfig.consumers - 1) pass_turn();  // the first turn is group 0's
     if (!open_tile()) return;
-    bool first = true, cut = is_cut();
-    int stage = q.stage;
+    stage = q.stage;
+    first = true;
+    cut = is_cut<kConfig>(smem.tile(q.stage), kv);
     take_turn();
     start_scores();
     pass_turn();
     ptx::wgmma_wait<0>();
     ptx::held(rows.scores);
     release_k();
-    update_softmax(first, cut);
+    update_softmax<false>();
     rows.round_probabilities();
-    wait_values(false);
-    bool next_first;
+    wait_values();
+    ++tiles;
+    bool opens;
+    while (advance(opens)) {
+      step<false>(opens);
+      if (first || cut || call.sign != 1) continue;
+      const int32_t plain_end = max(kv_begin, smem.tile(q.stage).plain_begin) + kConfig.tile_n;
 #pragma unroll 1
-    while (advance(next_first)) {
-      take_turn();
-      start_scores();
-      if (finished >= 0) store();
-      start_out(first, cut);
-      pass_turn();
-      ptx::wgmma_wait<1>();
-      ptx::held(rows.scores);
-      release_k();
-      first = next_first;
-      cut = is_cut();
-      if (first) finish_rows(stage);
-      const bool raised = update_softmax(first, cut);
-      ptx::held(rows.scores);
-      // Here, not where they are needed: without a branch in between, ptxas moves most exponentials
-      // behind the wait for O, and nothing overlaps.
-      wait_values(true);
-      ptx::wgmma_wait<0>();
-      ptx::held(rows.out);
-      ptx::held(rows.p);
-      release_v();
-      release_q();
-      rows.round_probabilities();
-      if (first) {
-        finished = stage;
-        stage = q.stage;
-      } else if (raised) {
-        rows.rescale(rows.alpha);
+      while (kv >= plain_end) {
+        kv -= kConfig.tile_n;
+        step<true>(false);
       }
     }
     if (finished >= 0) store();
-    start_out(first, cut);
+    if (cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(stage_of(tiles - 1)) != 0;
+    rows.start_out(smem.v(stage_of(tiles - 1)), !first);
     finish_rows(stage);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);

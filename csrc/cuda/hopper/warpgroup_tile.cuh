@@ -13,6 +13,7 @@
 #include "cuda/arithmetic.cuh"
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/config.h"
+#include "cuda/ptx/special.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma_rs.cuh"
@@ -40,9 +41,16 @@ struct WarpgroupTile {
   uint32_t p[kScores / 2];
   SoftmaxRow<float> softmax[2];
   float alpha[2];
+  float base[2];  // softmax[h].base(), which changes rarely
+  bool huge;      // some row's maximum is beyond kFusedUpTo
 
-  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32u); }
-  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32u % 4u); }
+  // Read anew at every call: addresses made of them would stay in registers all the time.
+  __device__ __forceinline__ static int lane() {
+    return static_cast<int>(ptx::thread_index() % 32u);
+  }
+  __device__ __forceinline__ static int warp() {
+    return static_cast<int>(ptx::thread_index() / 32u % 4u);
+  }
   // The row of register row h, of the warpgroup's 64.
   __device__ __forceinline__ static int row(int h) { return 16 * warp() + lane() / 4 + 8 * h; }
 
@@ -105,11 +113,22 @@ struct WarpgroupTile {
     }
   }
 
+  // No key has been seen.
+  __device__ __forceinline__ void reset_softmax() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      softmax[h] = {};
+      base[h] = softmax[h].base();
+    }
+    huge = false;
+  }
+
   // (E6)-(E8): raises the rows' maxima by this tile, turns scores into probabilities and absorbs
   // their sums. A row's sum stays spread over its quad. Returns whether the warp's outputs must be
-  // brought to the new maxima (rescale).
+  // brought to the new maxima, by alpha: rarely after the first tiles.
   __device__ __forceinline__ bool update_softmax(float scale_log2) {
-    bool raised = false, huge = false;
+    float tile_max[2];
+    bool beyond = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float even = scores[2 * h], odd = scores[2 * h + 1];  // two chains are faster than one
@@ -118,15 +137,24 @@ struct WarpgroupTile {
         even = max_of(even, scores[4 * n + 2 * h]);
         odd = max_of(odd, scores[4 * n + 2 * h + 1]);
       }
-      alpha[h] = softmax[h].raise_lazily(quad_max(max_of(even, odd)) * scale_log2, kSlack);
-      raised |= alpha[h] != 1;
-      huge |= fabsf(softmax[h].base()) > kFusedUpTo<float>;
+      tile_max[h] = quad_max(max_of(even, odd));
+      beyond |= tile_max[h] * scale_log2 - softmax[h].m > kSlack;
     }
-    const bool seldom = __any_sync(0xffffffffu, raised || huge);
+    const bool raised = __any_sync(0xffffffffu, beyond || huge);
     float factor = scale_log2;
-    if (seldom && __any_sync(0xffffffffu, huge)) {
-      scale_scores(scale_log2);
-      factor = 1;
+    if (raised) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        alpha[h] = softmax[h].raise_lazily(tile_max[h] * scale_log2, kSlack);
+        softmax[h].absorb(alpha[h], 0);
+        base[h] = softmax[h].base();
+      }
+      huge = __any_sync(0xffffffffu, fabsf(base[0]) > kFusedUpTo<float> ||
+                                         fabsf(base[1]) > kFusedUpTo<float>);
+      if (huge) {
+        scale_scores(scale_log2);
+        factor = 1;
+      }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -136,13 +164,13 @@ struct WarpgroupTile {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = scores[4 * n + 2 * h + j];
-          score = softmax[h].weight(score * factor);
+          score = exp2_of(score * factor - base[h]);  // (E7)
           tile_sum += score;
         }
       }
-      softmax[h].absorb(alpha[h], tile_sum);
+      softmax[h].absorb(1, tile_sum);
     }
-    return seldom;
+    return raised;
   }
 
   // P, rounded. Not while a product reads the last one.
@@ -161,8 +189,8 @@ struct WarpgroupTile {
   // Writes the warp's 16 rows of the output, rounded, to its boxes of shared memory; `rows` is
   // where the first box has them, `box_bytes` the distance to the next box.
   __device__ __forceinline__ void write_out(uint32_t rows, uint32_t box_bytes) const {
-    const int in_matrix = lane() % 8;
-    const uint32_t target = rows + (lane() / 8 % 2 * 8 + in_matrix) * ForwardConfig::kRowBytes;
+    const int at = lane(), in_matrix = at % 8;
+    const uint32_t target = rows + (at / 8 % 2 * 8 + in_matrix) * ForwardConfig::kRowBytes;
 #pragma unroll
     for (int n = 0; n < kConfig.value_dim / 8; n += 2) {
       uint32_t words[4];
@@ -170,7 +198,7 @@ struct WarpgroupTile {
       for (int i = 0; i < 4; ++i) {
         words[i] = pack_pair<Element>(out[4 * n + 2 * i], out[4 * n + 2 * i + 1]);
       }
-      const int chunk = (n % 8 + lane() / 16) ^ in_matrix;
+      const int chunk = (n % 8 + at / 16) ^ in_matrix;
       ptx::stmatrix_x4(target + n / 8 * box_bytes + chunk * 16, words);
     }
   }
