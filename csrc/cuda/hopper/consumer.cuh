@@ -94,21 +94,25 @@ struct Consumer {
     return true;
   }
 
-  // What happens to the scores of a tile. `plain`: no mask cuts it, it is not the first of its query
-  // tile, and the scale is positive.
+  // (E6) `kPlain`: no mask cuts the tile, it is not the first of its query tile, and the scale is
+  // positive.
   template <bool kPlain>
-  __device__ __forceinline__ bool update_softmax() {
+  __device__ __forceinline__ bool raise_maxima() {
     if constexpr (!kPlain) {
       if (first) rows.reset_softmax();
       if (call.sign != 1) rows.scale_scores(call.sign);
       if (cut) rows.hide(call.args.mask, smem.tile(q.stage).q_begin + 64 * group, kv);
     }
-    return rows.update_softmax(call.scale_log2);
+    return rows.raise_maxima(call.scale_log2);
   }
 
   // S = Q K^T of the next key tile runs with O += P V of the last, and the softmax of the next under
   // the latter. Query tiles follow each other without a break: where the next key tile opens one,
   // the outputs of the one before are stored under its second S = Q K^T.
+  //
+  // The branches in the softmax stand where they do because ptxas moves no instruction across one.
+  // Without them it adds each probability to its sum as soon as it has issued the exponential, and
+  // waits for that one's latency 64 times; and it lets most exponentials wait for O.
   template <bool kPlain>
   __device__ __forceinline__ void step(bool opens) {
     take_turn();
@@ -129,23 +133,27 @@ struct Consumer {
       cut = is_cut<kConfig>(smem.tile(q.stage), kv);
       if (first) finish_rows(stage);
     }
-    const bool raised = update_softmax<kPlain>();
+    const bool raised = raise_maxima<kPlain>();
+    rows.template weigh<0>();
     ptx::held(rows.scores);
-    // Here, not where they are needed: without a branch in between, ptxas moves most exponentials
-    // behind the wait for O, and nothing overlaps.
-    wait_values();
+    wait_values();  // a branch
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
     release_v();
-    rows.round_probabilities();
-    if (kPlain || !first) {
-      if (raised) rows.rescale(rows.alpha);
-    } else {
-      finished = stage;
-      stage = q.stage;
+    rows.template weigh<1>();
+    rows.template absorb<0>();
+    ptx::held(rows.scores);
+    ptx::held(rows.p);
+    if (raised && (kPlain || !first)) rows.rescale(rows.alpha);  // a branch
+    rows.template absorb<1>();
+    if constexpr (!kPlain) {
+      if (first) {
+        finished = stage;
+        stage = q.stage;
+      }
+      release_q();
     }
-    if constexpr (!kPlain) release_q();
     ++tiles;
   }
 
@@ -161,8 +169,11 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::held(rows.scores);
     release_k();
-    update_softmax<false>();
-    rows.round_probabilities();
+    raise_maxima<false>();
+    rows.template weigh<0>();
+    rows.template weigh<1>();
+    rows.template absorb<0>();
+    rows.template absorb<1>();
     wait_values();
     ++tiles;
     bool opens;

@@ -43,6 +43,7 @@ struct WarpgroupTile {
   float alpha[2];
   float base[2];  // softmax[h].base(), which changes rarely
   bool huge;      // some row's maximum is beyond kFusedUpTo
+  float factor;   // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
   // Read anew at every call: addresses made of them would stay in registers all the time.
   __device__ __forceinline__ static int lane() {
@@ -123,10 +124,9 @@ struct WarpgroupTile {
     huge = false;
   }
 
-  // (E6)-(E8): raises the rows' maxima by this tile, turns scores into probabilities and absorbs
-  // their sums. A row's sum stays spread over its quad. Returns whether the warp's outputs must be
-  // brought to the new maxima, by alpha: rarely after the first tiles.
-  __device__ __forceinline__ bool update_softmax(float scale_log2) {
+  // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought to
+  // the new ones, by alpha: rarely after the first tiles.
+  __device__ __forceinline__ bool raise_maxima(float scale_log2) {
     float tile_max[2];
     bool beyond = false;
 #pragma unroll
@@ -141,7 +141,7 @@ struct WarpgroupTile {
       beyond |= tile_max[h] * scale_log2 - softmax[h].m > kSlack;
     }
     const bool raised = __any_sync(0xffffffffu, beyond || huge);
-    float factor = scale_log2;
+    factor = scale_log2;
     if (raised) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -156,27 +156,35 @@ struct WarpgroupTile {
         factor = 1;
       }
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float tile_sum = 0;
-#pragma unroll
-      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& score = scores[4 * n + 2 * h + j];
-          score = exp2_of(score * factor - base[h]);  // (E7)
-          tile_sum += score;
-        }
-      }
-      softmax[h].absorb(1, tile_sum);
-    }
     return raised;
   }
 
-  // P, rounded. Not while a product reads the last one.
-  __device__ __forceinline__ void round_probabilities() {
+  // Half of the tile's columns, first or second: its registers.
+  static constexpr int kMiddle = kScores / 16 * 8;
+  template <int kHalf>
+  static constexpr int kBegin = kHalf == 0 ? 0 : kMiddle;
+  template <int kHalf>
+  static constexpr int kEnd = kHalf == 0 ? kMiddle : kScores;
+
+  // (E7) The scores of one half become probabilities.
+  template <int kHalf>
+  __device__ __forceinline__ void weigh() {
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
+    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) {
+      scores[i] = exp2_of(scores[i] * factor - base[i / 2 % 2]);
+    }
+  }
+  // (E8) for the sums, which stay spread over the quad, and P of one half, rounded: not while a
+  // product reads the last one.
+  template <int kHalf>
+  __device__ __forceinline__ void absorb() {
+    float sum[4] = {};
+#pragma unroll
+    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) sum[i % 4] += scores[i];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sum[2 * h] + sum[2 * h + 1]);
+#pragma unroll
+    for (int i = kBegin<kHalf> / 2; i < kEnd<kHalf> / 2; ++i) {
       p[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
     }
   }
