@@ -47,6 +47,13 @@ __device__ __forceinline__ bool is_cut(const Tile& tile, int32_t kv) {
   return kv < tile.plain_begin || kv + kConfig.tile_n > tile.plain_end;
 }
 
+// Whether the inspectors look through its values.
+template <ForwardConfig kConfig>
+__device__ __forceinline__ bool is_inspected(const ForwardCall& call, const Tile& tile,
+                                             int32_t kv) {
+  return call.args.mask.is_banded() && is_cut<kConfig>(tile, kv);
+}
+
 template <ForwardConfig kConfig>
 struct Loader {
   using Map = SharedMap<kConfig>;
@@ -82,9 +89,9 @@ struct Loader {
     }
     k.advance();
   }
-  __device__ __forceinline__ void load_v(const Tile& tile, int32_t h_kv, int32_t kv, bool banded) {
+  __device__ __forceinline__ void load_v(const Tile& tile, int32_t h_kv, int32_t kv) {
     wait(smem.v_empty(v.stage), v.phase ^ 1);
-    const bool inspect = banded && is_cut<kConfig>(tile, kv);
+    const bool inspect = is_inspected<kConfig>(call, tile, kv);
     const uint32_t full = inspect ? smem.v_landed(v.stage) : smem.v_full(v.stage);
     const TensorBox& box = call.v;
     ptx::mbarrier_arrive_expect(full, kConfig.v_bytes());
@@ -96,29 +103,52 @@ struct Loader {
     v.advance();
   }
 
+  // Brings the Q tile and one key tile with its values into the L2 cache, while the tile before is
+  // computed. The blocks that work on the other query tiles of the head bring the other key tiles.
+  __device__ __forceinline__ void prefetch(const Tile& tile) {
+    const int32_t h_kv = tile.h / call.plan.group;
+    const int32_t part = call.args.mask.is_banded()
+                             ? tile.kv_blocks - 1
+                             : tile.q_begin / kConfig.tile_m() % tile.kv_blocks;
+    const int32_t kv = tile.kv_begin + part * kConfig.tile_n;
+#pragma unroll
+    for (int c = 0; c < kConfig.head_boxes(); ++c) {
+#pragma unroll 1
+      for (int group = 0; group < kConfig.consumers; ++group) {
+        ptx::tma_prefetch(call.q.map, c * kColumns, tile.q_begin + 64 * group,
+                          tile.h * call.q.step_h, tile.b * call.q.step_b);
+      }
+      ptx::tma_prefetch(call.k.map, c * kColumns, kv, h_kv * call.k.step_h, tile.b * call.k.step_b);
+      if (c < kConfig.value_boxes()) {
+        ptx::tma_prefetch(call.v.map, c * kColumns, kv, h_kv * call.v.step_h,
+                          tile.b * call.v.step_b);
+      }
+    }
+  }
+
   // One thread. Keys come one tile before their values, in the order in which they are needed.
   __device__ __forceinline__ void run() {
     const auto tiles = static_cast<uint32_t>(call.plan.tiles());
-    const bool banded = call.args.mask.is_banded();
     for (uint32_t index = blockIdx.x;;) {
       wait(smem.q_empty(q.stage), q.phase ^ 1);
+      Tile& tile = smem.tile(q.stage);
       if (index >= tiles) {
-        smem.tile(q.stage).q_begin = -1;
+        tile.q_begin = -1;
         ptx::mbarrier_arrive(smem.q_full(q.stage));
         return;
       }
-      const Tile tile = tile_at<kConfig>(call, index);
-      smem.tile(q.stage) = tile;
+      tile = tile_at<kConfig>(call, index);
       load_q(tile);
       q.advance();
       index = next_index(call, index);  // early: the answer takes a while
-      const int32_t h_kv = tile.h / call.plan.group;
-      for (int32_t block = tile.kv_blocks - 1; block >= 0; --block) {
+      const int32_t h_kv = tile.h / call.plan.group, blocks = tile.kv_blocks;
+#pragma unroll 1
+      for (int32_t block = blocks - 1; block >= -1; --block) {
         const int32_t kv = tile.kv_begin + block * kConfig.tile_n;
-        load_k(tile, h_kv, kv);
-        if (block < tile.kv_blocks - 1) load_v(tile, h_kv, kv + kConfig.tile_n, banded);
+        if (block >= 0) load_k(tile, h_kv, kv);
+        if (block < blocks - 1) load_v(tile, h_kv, kv + kConfig.tile_n);
+        if (block == blocks - 2 && index < tiles) prefetch(tile_at<kConfig>(call, index));
       }
-      load_v(tile, h_kv, tile.kv_begin, banded);
     }
   }
 };
@@ -184,7 +214,6 @@ __device__ __forceinline__ void inspect_values(const ForwardCall& call,
                                                const SharedMap<kConfig>& smem, int warp) {
   using Map = SharedMap<kConfig>;
   const uint32_t lane = threadIdx.x % 32u;
-  const bool banded = call.args.mask.is_banded();
   fill_empty_rows<Element>(call, warp * 32 + lane);
   typename Map::QPlace q;
   typename Map::KvPlace v;
@@ -195,9 +224,8 @@ __device__ __forceinline__ void inspect_values(const ForwardCall& call,
     __syncwarp();
     if (tile.q_begin < 0) return;
     if (lane == 0) ptx::mbarrier_arrive(smem.q_empty(q.stage));
-    if (!banded) continue;
     for (int32_t block = tile.kv_blocks - 1; block >= 0; --block, v.advance()) {
-      if (!is_cut<kConfig>(tile, tile.kv_begin + block * kConfig.tile_n)) continue;
+      if (!is_inspected<kConfig>(call, tile, tile.kv_begin + block * kConfig.tile_n)) continue;
       wait(smem.v_landed(v.stage), landed_phases >> v.stage & 1);
       landed_phases ^= 1u << v.stage;
       const uint32_t begin = smem.v(v.stage) + (warp * 32 + lane) * 16;

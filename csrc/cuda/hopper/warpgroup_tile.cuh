@@ -41,7 +41,6 @@ struct WarpgroupTile {
   uint32_t p[kScores / 2];
   SoftmaxRow<float> softmax[2];
   float alpha[2];
-  float base[2];  // softmax[h].base(), which changes rarely
   bool huge;      // some row's maximum is beyond kFusedUpTo
   float factor;   // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
@@ -119,7 +118,6 @@ struct WarpgroupTile {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       softmax[h] = {};
-      base[h] = softmax[h].base();
     }
     huge = false;
   }
@@ -147,10 +145,9 @@ struct WarpgroupTile {
       for (int h = 0; h < 2; ++h) {
         alpha[h] = softmax[h].raise_lazily(tile_max[h] * scale_log2, kSlack);
         softmax[h].absorb(alpha[h], 0);
-        base[h] = softmax[h].base();
       }
-      huge = __any_sync(0xffffffffu, fabsf(base[0]) > kFusedUpTo<float> ||
-                                         fabsf(base[1]) > kFusedUpTo<float>);
+      huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
+                                         fabsf(softmax[1].base()) > kFusedUpTo<float>);
       if (huge) {
         scale_scores(scale_log2);
         factor = 1;
@@ -171,7 +168,7 @@ struct WarpgroupTile {
   __device__ __forceinline__ void weigh() {
 #pragma unroll
     for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) {
-      scores[i] = exp2_of(scores[i] * factor - base[i / 2 % 2]);
+      scores[i] = softmax[i / 2 % 2].weight(scores[i] * factor);
     }
   }
   // (E8) for the sums, which stay spread over the quad, and P of one half, rounded: not while a
