@@ -12,6 +12,7 @@ instead and so never looks at what it hides.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from ..operators import BOTTOM_RIGHT, TOP_LEFT
 from ..sdpa import NAMES, scaled_dot_product_attention
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
     raise ImportError(
@@ -165,7 +166,12 @@ def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     Returns:
         Boolean ``(B, 1, S_q, S_kv)``, True where a query sees a key; None where
         :func:`attention_forward` needs no mask.
+
+    Raises:
+        NotImplementedError: The mask is for a model that would not call :func:`attention_forward`.
     """
+    if (config := kwargs.get("config")) is not None:
+        _check_model(type(config))
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     if mask is not None and not torch.compiler.is_compiling():
         _remember(mask, **kwargs)
@@ -221,6 +227,49 @@ def _range_of(mask: Tensor, query: Tensor, key: Tensor) -> _CausalRange | None:
         return None
     fits = mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
     return found if fits and key.shape[0] == query.shape[0] else None
+
+
+def _check_model(config_class: type) -> None:
+    """Refuse models whose own attention would misread the mask.
+
+    transformers lets them have any implementation and ignores it.
+    """
+    if _computes_its_own_attention(config_class):
+        raise NotImplementedError(
+            f"models of {config_class.__name__} compute their attention themselves and call no "
+            'other implementation: use attn_implementation="eager".'
+        )
+
+
+_own_attention: dict[type, bool] = {}
+
+
+def _computes_its_own_attention(config_class: type) -> bool:
+    """Whether a model of such configs has layers of attention, but no way to ours."""
+    known = _own_attention.get(config_class)
+    if known is None:
+        models: list[type[Any]] = [PreTrainedModel]
+        for model in models:
+            models.extend(model.__subclasses__())
+        modules = {m.__module__ for m in models if getattr(m, "config_class", None) is config_class}
+        known = any(_has_own_attention(sys.modules.get(name)) for name in modules)
+        _own_attention[config_class] = known
+    return known
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo: seconds.
+_computes_its_own_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _has_own_attention(module: object) -> bool:
+    """Whether a module of transformers defines layers of attention that call no other."""
+    if module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    return any(
+        "Attention" in name and isinstance(layer, type) and issubclass(layer, nn.Module)
+        for name, layer in vars(module).items()
+        if getattr(layer, "__module__", None) == vars(module)["__name__"]
+    )
 
 
 def _check_arguments(attention_mask: object, kwargs: dict[str, Any]) -> None:
