@@ -347,7 +347,7 @@ struct SimtBlock {
   }
 
   __device__ __forceinline__ void store(const SplitBuffers<Real>& partial) const {
-    const Real keep_scale = kPairs ? Real(args.dropout.keep_scale()) : Real(1);
+    const Real keep_scale = kPairs ? args.dropout.keep_scale<Real>() : Real(1);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int32_t row = packed_row(i);
