@@ -72,7 +72,7 @@ struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, 
       if (this->hides_some(masked) && this->has_nonfinite(slice)) {
         multiply_plain<Config, true>(sum, weights, values);
       } else {
-        multiply_plain<Config, false>(sum, weights, values);
+        multiply_plain<Config, false, kPairs ? kUnrollDq : kUnroll>(sum, weights, values);
       }
     }
     // The plan gives other types than fp32 a kernel for dQ.
