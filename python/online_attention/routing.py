@@ -5,65 +5,70 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch._compile import _disable_dynamo  # torch.compiler's imports Dynamo at once
 
 from . import sdpa
 
-# What an import of this module before anything was replaced finds, as `torch._C._nn` always has it.
 _torchs: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
-# What the modules' inference path calls instead: kernels with an attention of their own inside.
-_FUSED_MODULES = frozenset(
-    {torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd}
-)
-_INHERITED = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+_torchs_multi_head: Callable[..., Any] = F.multi_head_attention_forward
 _REFUSALS = (TypeError, ValueError, NotImplementedError)
+# Of classes that have no rule, and of those that inherit the one that keeps the class of a result.
+_NO_RULE = torch._C._disabled_torch_function_impl
+_INHERITED_RULE = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 class FallbackWarning(UserWarning):
-    """A call stayed with torch's own attention, although `enabled` or `enable` was on."""
+    """A call was left to torch's own attention, although `enabled` or `enable` was on."""
 
 
-def enabled(strict: bool = False) -> TorchFunctionMode:
+def enabled(strict: bool = False) -> Block:
     """A context manager in which torch's scaled_dot_product_attention is ours.
 
-    However the function was imported: the block is a ``torch.overrides.TorchFunctionMode``, which
-    torch asks at every call of its Python functions. So an early
-    ``from torch.nn.functional import scaled_dot_product_attention``, a ``functools.partial`` and
-    ``torch.nn.MultiheadAttention`` are all caught, which replacing the attribute of the module
-    would miss; and ``torch.compile`` traces through it (``fullgraph=True`` too) and compiles anew
-    where the mode changes, whether the block is inside or around the compiled function.
-
     The block holds for the thread that entered it, and for the threads in which autograd runs
-    a backward pass that is started inside. Blocks nest with each other and with other modes; of
-    several the innermost decides. Inside, every eager torch call costs about 2 µs of host time
-    more; :func:`enable` does not. Outside, nothing does.
+    a backward pass that is started inside, as checkpoints need. Other threads keep torch's. Blocks
+    nest; of several the innermost decides, and what was before comes back, after an exception too.
 
-    Not seen, because Python calls no such function there: TorchScript, C++ callers, and the
-    operator ``torch.ops.aten.scaled_dot_product_attention``, which is what exported programs hold.
-    The fused inference path of ``torch.nn.MultiheadAttention`` and
-    ``torch.nn.TransformerEncoderLayer`` is treated as a call that we do not take;
-    ``torch.backends.mha.set_fastpath_enabled(False)`` turns it off. A backward pass that computes
-    a checkpointed block once more needs the same block around it.
+    While any block is entered, or :func:`enable` is on, the function is replaced in
+    ``torch.nn.functional`` and in every imported module that has it as a global name, as an early
+    ``from torch.nn.functional import scaled_dot_product_attention`` leaves it, and what replaces it
+    asks the thread. A ``torch.overrides.TorchFunctionMode`` would catch more, copies that somebody
+    took as a default argument, a ``functools.partial`` or an attribute of an object, which stay
+    torch's here. But it would cost host time in every torch call of the block, would miss what runs
+    inside torch's own Python functions (``Tensor.backward``, so checkpoints, and
+    ``torch.nn.MultiheadAttention``), and would keep ``torch.compile`` from tracing some calls.
+    TorchScript, C++ and ``torch.ops.aten.scaled_dot_product_attention``, which exported programs
+    hold, do not call the function and are not affected.
+
+    ``torch.compile`` with ``fullgraph=True`` traces through, and compiles once for each state.
+    Enter the block outside the compiled function; one inside it runs that function eagerly. A
+    compiled function inside a checkpoint needs :func:`enable` instead on CUDA, where it is
+    computed again in another thread. The fused inference path of ``torch.nn.MultiheadAttention``
+    and ``torch.nn.TransformerEncoderLayer``, which never calls the function, is off meanwhile
+    (``torch.backends.mha.set_fastpath_enabled``), in all threads. Do not ``await`` or ``yield``
+    inside: the thread goes on with something else. Entering and leaving take about a millisecond in
+    a process of many modules, so enter a block around a step, not around each call.
 
     Args:
         strict: What becomes of a call that :func:`scaled_dot_product_attention` of this package
-            refuses, such as a nested tensor, another device or dtype, an argument that is not
-            built, or a tensor class that overrides the function itself. False: torch computes it,
-            and one :class:`FallbackWarning` for each distinct sentence says why. True: the refusal
-            is raised. What torch refuses as well raises torch's error in the first case.
+            refuses, such as a nested tensor, a device or dtype without kernels, or a tensor of a
+            class with a rule of its own for the function. False: torch computes it, or raises what
+            it raises, and one :class:`FallbackWarning` for each distinct sentence says why; from
+            compiled code when it is compiled. True: the refusal is raised.
 
     Raises:
         TypeError: ``strict`` is no boolean; in strict blocks, as
             :func:`scaled_dot_product_attention`.
         ValueError: In strict blocks, as :func:`scaled_dot_product_attention`.
         NotImplementedError: In strict blocks, as :func:`scaled_dot_product_attention`.
+        RuntimeError: When it is entered, and somebody else has replaced the function already.
 
     Results are differentiable as those of :func:`attention` are.
 
@@ -75,24 +80,14 @@ def enabled(strict: bool = False) -> TorchFunctionMode:
         >>> out.shape
         torch.Size([1, 2, 5, 8])
     """
-    _check_strict(strict)
-    return _Routing(strict)
+    return Block(strict)
 
 
 def enable(strict: bool = False) -> None:
-    """Make torch's scaled_dot_product_attention ours in the whole process, until :func:`disable`.
+    """Make torch's scaled_dot_product_attention ours in all threads, until :func:`disable`.
 
-    All threads are affected. Torch has no mode for more than one thread, so this replaces the
-    function: in ``torch.nn.functional`` and in every imported module that has it as a global name,
-    as ``from torch.nn.functional import scaled_dot_product_attention`` leaves it. Copies elsewhere
-    (default arguments, ``functools.partial``, attributes of objects) made before stay torch's: call
-    this first, or use :func:`enabled`, which catches them. It also turns off the fused inference
-    path of ``torch.nn.MultiheadAttention`` (``torch.backends.mha.set_fastpath_enabled(False)``),
-    which calls no such function. No other torch call costs more than before.
-
-    Inside an :func:`enabled` block the block decides. A second call changes ``strict``.
-    ``torch.compile`` compiles anew after a change. ``torch.jit.script`` cannot compile the
-    replaced name.
+    What is caught, and what not, is what :func:`enabled` says; call this before others copy the
+    function. In an :func:`enabled` block the block decides. A second call changes ``strict``.
 
     Args:
         strict: As in :func:`enabled`.
@@ -102,34 +97,46 @@ def enable(strict: bool = False) -> None:
         RuntimeError: Somebody else has replaced ``F.scaled_dot_product_attention`` already.
     """
     _check_strict(strict)
-    with _process.lock:
+    with _names.lock:
         if _process.strict is None:
-            present = F.scaled_dot_product_attention
-            if present is not _torchs and present is not _routed:
-                raise RuntimeError(
-                    "torch.nn.functional.scaled_dot_product_attention must be torch's own to be "
-                    f"replaced, but is {present!r}: undo that first, or use "
-                    "online_attention.enabled()."
-                )
-            _replace(_torchs, _routed)
-            _process.had_fused_modules = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
+            _names.acquire()
         _process.strict = strict
 
 
 def disable() -> None:
-    """Undo :func:`enable`; without one, do nothing.
+    """Undo :func:`enable`; without one, do nothing. Blocks of :func:`enabled` stay as they are.
 
-    A copy of the replaced function that somebody took in between computes as torch's does from now
-    on. Blocks of :func:`enabled` stay as they are.
+    Where somebody took a copy of the replaced function in between, it computes as torch's does.
     """
-    with _process.lock:
-        if _process.strict is None:
-            return
-        _process.strict = None
-        _replace(_routed, _torchs)
-        if _process.had_fused_modules:
-            torch.backends.mha.set_fastpath_enabled(True)
+    with _names.lock:
+        if _process.strict is not None:
+            _process.strict = None
+            _names.release()
+
+
+class Block:
+    """What :func:`enabled` returns."""
+
+    def __init__(self, strict: bool) -> None:
+        """Change nothing yet."""
+        _check_strict(strict)
+        self._strict = strict
+        self._before: list[bool | None] = []
+
+    @_disable_dynamo
+    def __enter__(self) -> None:
+        """Route this thread's calls."""
+        with _names.lock:
+            _names.acquire()
+        self._before.append(_strict_in_block())
+        _set_strict_in_block(self._strict)
+
+    @_disable_dynamo
+    def __exit__(self, *_: object) -> None:
+        """Go back to what was."""
+        _set_strict_in_block(self._before.pop())
+        with _names.lock:
+            _names.release()
 
 
 def _check_strict(strict: object) -> None:
@@ -137,70 +144,78 @@ def _check_strict(strict: object) -> None:
         raise TypeError(f"strict must be True or False, but is {strict!r}.")
 
 
-class _Routing(TorchFunctionMode):
-    def __init__(self, strict: bool) -> None:
-        super().__init__()
-        self.strict = strict
-        self.passes = False  # while a block further in has decided for torch
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = {} if kwargs is None else kwargs
-        if self.passes or (func is not _torchs and func not in _FUSED_MODULES):
-            return func(*args, **kwargs)
-        refusal = _refusal(func, types, args, kwargs)
-        if refusal is None:
-            try:
-                return sdpa.scaled_dot_product_attention(*args, **kwargs)
-            except _REFUSALS as error:
-                refusal = error
-        if self.strict:
-            raise refusal
-        result = _past_outer_blocks(func, args, kwargs)
-        _report(str(refusal))
-        return result
+# --- what is on: None for nothing
 
 
-def _refusal(func: Any, types: Iterable[type], args: Any, kwargs: Any) -> Exception | None:
+class _Process:
+    strict: bool | None = None
+
+
+_process = _Process()
+# The same fact twice: torch carries the second over to the threads of autograd, and Dynamo, which
+# cannot read that, guards on the first.
+_thread = threading.local()
+_KEY = "online_attention.strict"
+
+
+def _set_strict_in_block(strict: bool | None) -> None:
+    _thread.strict = strict
+    torch._C._stash_obj_in_tls(_KEY, strict)
+
+
+def _strict_in_block() -> bool | None:
+    strict: bool | None
+    if torch.compiler.is_dynamo_compiling():
+        strict = getattr(_thread, "strict", None)
+    else:
+        strict = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    return strict
+
+
+# --- what a call becomes
+
+
+def _routed(*args: Any, **kwargs: Any) -> Tensor:
+    strict = _strict_in_block()
+    if strict is None:
+        strict = _process.strict
+    if strict is None:
+        return _torchs(*args, **kwargs)
+    refusal = _refusal((*args, *kwargs.values()))
+    if refusal is None:
+        try:
+            return sdpa.scaled_dot_product_attention(*args, **kwargs)
+        except _REFUSALS as error:
+            refusal = error
+    if strict:
+        raise refusal
+    result = _torchs(*args, **kwargs)
+    _report(str(refusal))
+    return result
+
+
+_routed.__name__ = _routed.__qualname__ = "scaled_dot_product_attention"
+_routed.__doc__ = _torchs.__doc__
+
+
+def _refusal(arguments: tuple[Any, ...]) -> Exception | None:
     """What our function cannot notice itself, as the error it would raise."""
-    if func is not _torchs:
-        return NotImplementedError(
-            f"the fused inference path of torch.nn modules, {func.__name__}, has an attention of "
-            "its own: turn it off with torch.backends.mha.set_fastpath_enabled(False)."
-        )
-    for tensor in (*args, *kwargs.values()):
-        if isinstance(tensor, Tensor) and tensor.is_nested:
+    for argument in arguments:
+        kind = type(argument)
+        if isinstance(argument, Tensor) and argument.is_nested:
             return TypeError(
                 "query, key and value must be dense tensors, but one of the arguments is nested: "
                 "pad it first."
             )
-    for kind in types:
-        # The rule that classes inherit keeps the class of what was computed: so do we.
-        own = getattr(kind.__torch_function__, "__func__", None)  # type: ignore[attr-defined]
-        if own is not _INHERITED:
+        if kind is Tensor or not hasattr(kind, "__torch_function__"):
+            continue
+        rule = kind.__torch_function__
+        if rule is not _NO_RULE and getattr(rule, "__func__", None) is not _INHERITED_RULE:
             return TypeError(
                 f"an argument is a {kind.__name__}, a class with a __torch_function__ of its own: "
                 "pass a plain tensor."
             )
     return None
-
-
-def _outer_blocks() -> list[_Routing]:
-    """The blocks that the running one is in; while torch asks a mode, that is not among them."""
-    return [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Routing)]
-
-
-def _past_outer_blocks(func: Any, args: Any, kwargs: Any) -> Any:
-    """Torch's result; other modes further out see the call, blocks do not decide once more."""
-    blocks = [block for block in _outer_blocks() if not block.passes]
-    for block in blocks:
-        block.passes = True
-    try:
-        return func(*args, **kwargs)
-    finally:
-        for block in blocks:
-            block.passes = False
 
 
 _reported: set[str] = set()
@@ -209,47 +224,109 @@ _reported: set[str] = set()
 def _report(sentence: str) -> None:
     if sentence not in _reported:
         warnings.warn(
-            f"torch's own attention ran a call, because online_attention refused it: {sentence}",
+            f"online_attention left a call to torch's own attention: {sentence}",
             FallbackWarning,
             stacklevel=3,
         )
         _reported.add(sentence)
 
 
-# Dynamo then calls it while it compiles: a compiled call is reported when it is traced.
+# Dynamo then calls it while it compiles.
 _report._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class _Process:
-    """What `enable` has set."""
+def _without_module_name(function: Any) -> Any:
+    """The same function, with our attention for torch's: for Dynamo alone.
+
+    That takes F.multi_head_attention_forward for one operation, which a compiled graph then holds
+    whatever is inside, and so do caches of graphs. It traces this, whose globals have no name to
+    look up a module by. They are those of the time of our import.
+    """
+    names = {**function.__globals__, "scaled_dot_product_attention": _routed}
+    del names["__name__"]
+    code, name, defaults = function.__code__, function.__name__, function.__defaults__
+    copy = types.FunctionType(code, names, name, defaults, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_multi_head_for_dynamo = _without_module_name(_torchs_multi_head)
+
+
+def _routed_multi_head(*args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return _multi_head_for_dynamo(*args, **kwargs)
+    return _torchs_multi_head(*args, **kwargs)
+
+
+_routed_multi_head.__name__ = _routed_multi_head.__qualname__ = _torchs_multi_head.__name__
+_routed_multi_head.__doc__ = _torchs_multi_head.__doc__
+
+
+# --- the replaced names
+
+_REPLACEMENTS: tuple[tuple[Any, Any], ...] = (
+    (_torchs, _routed),
+    (_torchs_multi_head, _routed_multi_head),
+)
+
+
+_REPLACED = frozenset(id(function) for pair in _REPLACEMENTS for function in pair)
+
+
+class _Names:
+    """Global names of imported modules, replaced while anybody needs it. Use under the lock."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.strict: bool | None = None  # None: off
-        self.had_fused_modules = True
+        self.lock = threading.RLock()
+        self._users = 0
+        self._scanned: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, list[str]] = {}
+        self._had_fused_modules = True
+
+    def acquire(self) -> None:
+        if self._users == 0:
+            present = F.scaled_dot_product_attention
+            if present is not _torchs and present is not _routed:
+                raise RuntimeError(
+                    "torch.nn.functional.scaled_dot_product_attention must be torch's own to be "
+                    f"replaced, but is {present!r}: undo that first."
+                )
+            self._had_fused_modules = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        # Also for a second user: modules may have been imported since.
+        self._scan()
+        self._swap(_REPLACEMENTS)
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._scan()
+            self._swap(tuple((routed, torchs) for torchs, routed in _REPLACEMENTS))
+            torch.backends.mha.set_fastpath_enabled(self._had_fused_modules)
+
+    def _scan(self) -> None:
+        """Find the names, in modules that are new or have got new names since the last time."""
+        for module_name, module in list(sys.modules.items()):
+            names = getattr(module, "__dict__", None)
+            if names is None or module_name.startswith("torch._C") or module_name == __name__:
+                continue
+            state = id(module), len(names)
+            if self._scanned.get(module_name) == state and module_name != "__main__":
+                continue
+            self._scanned[module_name] = state
+            found = [key for key, value in list(names.items()) if id(value) in _REPLACED]
+            if found:
+                self._places[module_name] = found
+
+    def _swap(self, replacements: tuple[tuple[Any, Any], ...]) -> None:
+        for module_name, keys in self._places.items():
+            names = getattr(sys.modules.get(module_name), "__dict__", {})
+            for key in keys:
+                for old, new in replacements:
+                    if names.get(key) is old:
+                        names[key] = new
 
 
-_process = _Process()
-
-
-def _routed(*args: Any, **kwargs: Any) -> Tensor:
-    strict = _process.strict
-    if strict is None or _outer_blocks():
-        return _torchs(*args, **kwargs)
-    with _Routing(strict):
-        return _torchs(*args, **kwargs)
-
-
-_routed.__name__ = _routed.__qualname__ = "scaled_dot_product_attention"
-_routed.__doc__ = _torchs.__doc__
-
-
-def _replace(old: object, new: object) -> None:
-    """In the global names of every module but torch's compiled ones and this."""
-    for name, module in list(sys.modules.items()):
-        if module is None or name == __name__ or name.startswith("torch._C"):
-            continue
-        names = getattr(module, "__dict__", {})
-        for key, value in list(names.items()):
-            if value is old:
-                names[key] = new
+_names = _Names()
