@@ -30,6 +30,14 @@ OURS = online_attention.scaled_dot_product_attention
 BUILTIN = torch._C._nn.scaled_dot_product_attention
 
 
+@pytest.fixture
+def _compiles() -> Iterator[None]:
+    """Functions of this file are compiled anew, whatever other tests have compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is on before or after, and every sentence is reported again."""
@@ -53,12 +61,12 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def refused() -> Tensor:
-    """A call that torch computes, if only NaN, and ours refuses."""
-    return F.scaled_dot_product_attention(X, X, X, scale=math.inf)
+def refused(x: Tensor = X) -> Tensor:
+    """A call that torch computes and ours refuses."""
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=1.0)
 
 
-REFUSAL = "scale must be finite, but is inf: pass None"
+REFUSAL = r"dropout_p must be at least 0 and below 1, but is 1\.0"
 
 
 # --- what a block catches
@@ -229,8 +237,8 @@ def test_innermost_block_decides():
             refused()
         with enabled(), enabled(strict=True), pytest.raises(ValueError, match=REFUSAL):
             refused()
-        with enabled(), enabled(), enabled(), pytest.warns(FallbackWarning, match=REFUSAL):
-            refused()
+        with enabled(), enabled(strict=True), enabled():
+            refused()  # has been reported
         with pytest.raises(ValueError, match=REFUSAL):
             refused()
 
@@ -280,15 +288,50 @@ class Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_other_modes_see_what_goes_to_torch(ours: list):
+@pytest.mark.parametrize("inside", [True, False])
+def test_modes_see_the_function_as_they_know_it(ours: list, inside: bool):
     recorder = Recorder()
-    with enabled(), recorder, pytest.warns(FallbackWarning, match=REFUSAL):
-        refused()
-    with recorder, enabled():
-        refused()
+    with recorder if not inside else enabled(), enabled() if not inside else recorder:
         early(X, X, X)
-    assert recorder.calls.count(BUILTIN) == 2
-    assert len(ours) == 3  # asked each time
+        assert recorder.calls.count(F.scaled_dot_product_attention) == 1
+    assert len(ours) == 1
+
+
+def test_classes_decide_first(ours: list):
+    class Halved(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                return func(*(x.as_subclass(Tensor) / 2 for x in args))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = X.as_subclass(Halved)
+    outside = F.scaled_dot_product_attention(x, x, x)
+    with enabled(strict=True):
+        inside = F.scaled_dot_product_attention(x, x, x)
+    torch.testing.assert_close(inside, outside)
+    assert len(ours) == 1
+
+
+@pytest.mark.parametrize("S_q", [5, 3])
+def test_causal_bias_of_torch(ours: list, S_q: int):
+    arguments = X[:, :, :S_q], X, X, causal_lower_right(S_q, 5)
+    due = F.scaled_dot_product_attention(*arguments)
+    with enabled(strict=True):
+        torch.testing.assert_close(F.scaled_dot_product_attention(*arguments), due)
+        thread = threading.Thread(target=F.scaled_dot_product_attention, args=arguments)
+        thread.start()
+        thread.join()
+    assert len(ours) == 1
+
+
+def test_symbolic_tracing_records_torchs_function():
+    def call(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+    with enabled(), pytest.warns(FallbackWarning, match="an argument is a Proxy, a class with an"):
+        graph = torch.fx.symbolic_trace(call).graph
+    assert BUILTIN in {node.target for node in graph.nodes}
 
 
 # --- what is refused
@@ -301,11 +344,13 @@ def test_lenient_block_reports_each_sentence_once():
         with enabled():
             assert_bitwise_equal(refused(), due)
             refused()
-            F.scaled_dot_product_attention(X, X, X, causal_lower_right(5, 5))
-    assert [w.category for w in caught] == [FallbackWarning] * 2
+            F.scaled_dot_product_attention(nested(), nested(), nested())
+    caught = [w for w in caught if w.category is FallbackWarning]
     texts = [str(w.message) for w in caught]
-    assert texts[0].startswith(f"online_attention left a call to torch's own attention: {REFUSAL}")
-    assert "an argument is a CausalBias, a class with a __torch_function__" in texts[1]
+    assert len(texts) == 2
+    start = "online_attention left a call to torch's own attention: "
+    assert texts[0].startswith(start + "dropout_p must be at least 0 and below 1, but is 1.0")
+    assert texts[1].startswith(start + "an argument is a NestedTensor")
     assert caught[0].filename == __file__
 
 
@@ -317,30 +362,30 @@ def test_warning_made_an_error_is_raised_each_time():
                 refused()
 
 
+def nested(layout: torch.layout = torch.jagged) -> Tensor:
+    parts = [torch.ones(3, 4, 8), torch.ones(5, 4, 8)]
+    return torch.nested.nested_tensor(parts, layout=layout).transpose(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_strict_block_raises_the_sentence():
-    nested = torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)
-    strided = torch.nested.nested_tensor([X[0], X[1]])
+    x, y, z = nested(), nested(torch.strided), X.to("meta")
     with enabled(strict=True):
         with pytest.raises(ValueError, match=REFUSAL):
             refused()
-        for x in (nested, strided):
-            with pytest.raises(
-                TypeError, match=r"must be dense tensors, but one .* is nested: pad"
-            ):
-                F.scaled_dot_product_attention(x, x, x)
-        with pytest.raises(TypeError, match="an argument is a CausalBias, a class with a __torch_"):
-            F.scaled_dot_product_attention(X, X, X, causal_lower_right(5, 5))
-        meta = X.to("meta")
+        with pytest.raises(TypeError, match="a NestedTensor, a class with an attention of its own"):
+            F.scaled_dot_product_attention(x, x, x)
+        with pytest.raises(TypeError, match="query must be a dense tensor, but it is nested"):
+            F.scaled_dot_product_attention(y, y, y)
         with pytest.raises(NotImplementedError, match="query must be on a device of type"):
-            F.scaled_dot_product_attention(meta, meta, meta)
+            F.scaled_dot_product_attention(z, z, z)
 
 
 def test_nested_tensors_go_to_torch():
-    parts = [torch.randn(3, 4, 8), torch.randn(5, 4, 8)]
-    nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
-    due = F.scaled_dot_product_attention(nested, nested, nested)
-    with enabled(), pytest.warns(FallbackWarning, match="one of the arguments is nested"):
-        out = F.scaled_dot_product_attention(nested, nested, nested)
+    x = nested()
+    due = F.scaled_dot_product_attention(x, x, x)
+    with enabled(), pytest.warns(FallbackWarning, match="an argument is a NestedTensor"):
+        out = F.scaled_dot_product_attention(x, x, x)
     assert_bitwise_equal(out.values(), due.values())
 
 
@@ -446,7 +491,7 @@ def step(x: Tensor) -> Tensor:
 
 
 def refused_step(x: Tensor) -> Tensor:
-    return early(x, x, x, scale=math.inf) * 1
+    return early(x, x, x, dropout_p=1.0) * 1
 
 
 class Graphs(list):
@@ -457,6 +502,7 @@ class Graphs(list):
         return graph.forward
 
 
+@pytest.mark.usefixtures("_compiles")
 def test_compiled_function_follows_the_block():
     graphs = Graphs()
     compiled = torch.compile(step, fullgraph=True, backend=graphs)
@@ -469,6 +515,7 @@ def test_compiled_function_follows_the_block():
     assert graphs == [False, True]
 
 
+@pytest.mark.usefixtures("_compiles")
 def test_compiled_function_follows_the_process():
     graphs = Graphs()
     compiled = torch.compile(step, fullgraph=True, backend=graphs)
@@ -481,6 +528,7 @@ def test_compiled_function_follows_the_process():
     assert graphs == [False, True]
 
 
+@pytest.mark.usefixtures("_compiles")
 def test_compiled_function_follows_the_thread():
     graphs = Graphs()
     compiled = torch.compile(step, fullgraph=True, backend=graphs)
@@ -493,17 +541,20 @@ def test_compiled_function_follows_the_thread():
     assert graphs == [True, False]
 
 
+@pytest.mark.usefixtures("_compiles")
 def test_block_in_a_compiled_function_runs_eagerly(ours: list):
     def block(x: Tensor) -> Tensor:
         with enabled(strict=True):
             return step(x)
 
-    assert_bitwise_equal(torch.compile(block, backend="eager")(X), block(X))
-    assert len(ours) == 2
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(block, backend="eager", fullgraph=True)(X)
+    torch._dynamo.reset()
+    assert_bitwise_equal(torch.compile(block, backend="eager")(X), block(X))
+    assert len(ours) == 2
 
 
+@pytest.mark.usefixtures("_compiles")
 def test_compiled_gradients():
     x = X.clone().requires_grad_()
     with enabled(strict=True):
@@ -513,6 +564,7 @@ def test_compiled_gradients():
     assert_bitwise_equal(*gradients)
 
 
+@pytest.mark.usefixtures("_compiles")
 def test_compiled_modules_are_traced_through():
     module, x = attention_module(), torch.randn(2, 5, 8)
     graphs = Graphs()
@@ -532,6 +584,7 @@ def test_compiled_modules_are_traced_through():
     assert graphs == [False, True, True]
 
 
+@pytest.mark.usefixtures("_compiles")
 def test_compiled_refusals():
     graphs = Graphs()
     compiled = torch.compile(refused_step, fullgraph=True, backend=graphs)
@@ -544,6 +597,20 @@ def test_compiled_refusals():
         with pytest.raises(Exception, match=REFUSAL):
             compiled(X)
     assert graphs == [False]
+
+
+@pytest.mark.usefixtures("_compiles")
+def test_compiled_refusals_of_the_operator():
+    def call(x: Tensor, scale: float) -> Tensor:
+        return early(x, x, x, scale=scale) * 1
+
+    compiled = torch.compile(call, fullgraph=True, backend=Graphs())
+    meta = X.to("meta")
+    with enabled():
+        with pytest.warns(FallbackWarning, match="query must be on a device of type"):
+            assert compiled(meta, 0.5).shape == X.shape
+        with pytest.warns(FallbackWarning, match="scale must be finite, but is inf"):
+            compiled(X, math.inf)
 
 
 def test_modules_imported_meanwhile_are_restored():

@@ -12,9 +12,10 @@ from torch.library import Library
 
 from . import checks, operators
 from .operators import BOTTOM_RIGHT, UNBOUNDED
+from .ops import RNG_END
 
 NAME = "online_attention"
-_NAMES = ("query", "key", "value")
+_NAMES = ("query", "key", "value", "bias")
 # Their lse is float32.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -286,13 +287,13 @@ def _forward(
     batch_invariant = batch_invariant or torch.are_deterministic_algorithms_enabled()
     rng = None
     if dropout_p > 0:
-        rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+        rng = torch.randint(RNG_END, (2,), dtype=torch.int64, device=q.device)
     try:
         out, lse = operators.forward(
             q, k, v, scale, BOTTOM_RIGHT, *window, batch_invariant, None, rng, dropout_p
         )
     except Exception:
-        fault = checks.fault_of_call(_NAMES, q, k, v, scale)
+        fault = checks.fault_of_call(_NAMES, q, k, v, scale, None, dropout_p)
         if fault is None:
             raise
         raise fault from None

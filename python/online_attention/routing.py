@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler's imports Dynamo at once
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import sdpa
+from . import checks, sdpa
 
 _torchs: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 _torchs_multi_head: Callable[..., Any] = F.multi_head_attention_forward
@@ -58,10 +59,10 @@ def enabled(strict: bool = False) -> Block:
 
     Args:
         strict: What becomes of a call that :func:`scaled_dot_product_attention` of this package
-            refuses, such as a nested tensor, a device or dtype without kernels, or a tensor of a
-            class with a rule of its own for the function. False: torch computes it, or raises what
-            it raises, and one :class:`FallbackWarning` for each distinct sentence says why; from
-            compiled code when it is compiled. True: the refusal is raised.
+            refuses, such as a nested tensor, or a device or dtype without kernels. False: torch
+            computes it, or raises what it raises, and one :class:`FallbackWarning` for each
+            distinct sentence says why; from compiled code when it is compiled. True: the refusal
+            is raised.
 
     Raises:
         TypeError: ``strict`` is no boolean; in strict blocks, as
@@ -176,46 +177,63 @@ def _strict_in_block() -> bool | None:
 
 
 def _routed(*args: Any, **kwargs: Any) -> Tensor:
+    arguments = (*args, *kwargs.values())
+    refusal: Exception | None = None
+    if has_torch_function(arguments):
+        # Classes and modes come first, with the function that they find in torch.nn.functional to
+        # compare with; what they call then comes back. Torch's own classes know the other one.
+        kind = _class_of_torch(arguments)
+        if kind is None:
+            result: Tensor = handle_torch_function(_routed, arguments, *args, **kwargs)
+            return result
+        refusal = TypeError(
+            f"an argument is a {kind.__name__}, a class with an attention of its own: pass a plain "
+            "dense tensor."
+        )
     strict = _strict_in_block()
     if strict is None:
         strict = _process.strict
     if strict is None:
         return _torchs(*args, **kwargs)
-    refusal = _refusal((*args, *kwargs.values()))
-    if refusal is None:
-        try:
-            return sdpa.scaled_dot_product_attention(*args, **kwargs)
-        except _REFUSALS as error:
-            refusal = error
-    if strict:
-        raise refusal
-    result = _torchs(*args, **kwargs)
-    _report(str(refusal))
-    return result
+    try:
+        if refusal is not None:
+            raise refusal
+        is_nested = len(arguments) > 0 and getattr(arguments[0], "is_nested", False)
+        if is_nested or torch.compiler.is_dynamo_compiling():
+            _check_early(*args, **kwargs)
+        return sdpa.scaled_dot_product_attention(*args, **kwargs)
+    except _REFUSALS as error:
+        if strict:
+            raise
+        sentence = str(error)
+    out = _torchs(*args, **kwargs)
+    _report(sentence)
+    return out
 
 
 _routed.__name__ = _routed.__qualname__ = "scaled_dot_product_attention"
 _routed.__doc__ = _torchs.__doc__
 
 
-def _refusal(arguments: tuple[Any, ...]) -> Exception | None:
-    """What our function cannot notice itself, as the error it would raise."""
+def _class_of_torch(arguments: tuple[Any, ...]) -> type | None:
+    """The class of an argument that torch gave a rule of its own, for torch's function."""
     for argument in arguments:
         kind = type(argument)
-        if isinstance(argument, Tensor) and argument.is_nested:
-            return TypeError(
-                "query, key and value must be dense tensors, but one of the arguments is nested: "
-                "pad it first."
-            )
-        if kind is Tensor or not hasattr(kind, "__torch_function__"):
-            continue
-        rule = kind.__torch_function__
-        if rule is not _NO_RULE and getattr(rule, "__func__", None) is not _INHERITED_RULE:
-            return TypeError(
-                f"an argument is a {kind.__name__}, a class with a __torch_function__ of its own: "
-                "pass a plain tensor."
-            )
+        rule = getattr(kind, "__torch_function__", None)
+        is_inherited = getattr(rule, "__func__", None) is _INHERITED_RULE
+        is_own = rule is not None and rule is not _NO_RULE and not is_inherited
+        if is_own and kind.__module__.startswith(("torch.nested.", "torch.fx.")):
+            return kind
     return None
+
+
+def _check_early(
+    query: Any, key: Any, value: Any, *_: object, scale: object = None, **__: object
+) -> None:
+    """Refuse what our operator would, too late for a graph, and tensors without sizes."""
+    checks.check_tensors(sdpa.NAMES[:3], query, key, value)
+    if scale is not None:
+        checks.check_scale(scale)
 
 
 _reported: set[str] = set()
