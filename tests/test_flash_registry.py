@@ -28,6 +28,7 @@ from cases import Inputs, normal
 from gradients import Cotangents, Gradients, assert_right
 from online_attention import _C, attention, flash_registry
 from oracle import CAUSAL, FULL, Mask
+from philox import factors_of
 from tolerance import assert_bitwise_equal
 
 aten = torch.ops.aten
@@ -262,6 +263,57 @@ def test_no_result_depends_on_its_batch_in_deterministic_mode(device: str):
 def test_no_result_depends_on_its_batch_with_one_split(device: str):
     one, whole = (decode(device, slice(n), num_splits=1) for n in (1, 2))
     assert_bitwise_equal(one, whole[:1])
+
+
+# --- dropout
+
+
+@on_each_device
+@pytest.mark.parametrize("operator", ["sdpa", "flash"])
+def test_dropout_draws_a_state_that_it_returns(device: str, operator: str):
+    q, k, v, _ = heads_first(device)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(3)
+        if operator == "sdpa":
+            out, lse, *_, rng, _, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.3, True)
+            return out, lse, rng
+        out, lse, rng, *_ = aten._flash_attention_forward(
+            *swapped(q, k, v), None, None, 33, 33, 0.3, True, False
+        )
+        return *swapped(out), lse, rng
+
+    out, lse, rng = run()
+    assert (rng.dtype, rng.shape) == (torch.uint64, (2,))
+    state = rng.view(torch.int64)
+    due = torch.ops.online_attention.forward(
+        q, k, v, None, *CAUSAL.op_arguments, False, None, state, 0.3
+    )
+    assert_bitwise_equal(out, due[0])
+    assert_bitwise_equal(lse, due[1])  # of what was not dropped yet
+    assert_bitwise_equal(lse, attention(q, k, v, causal=True, return_lse=True)[1])
+    again = run()
+    assert_bitwise_equal(again[0], out)
+    assert torch.equal(again[2], rng)
+    assert not torch.equal(aten._scaled_dot_product_flash_attention(q, k, v, 0.3)[6], rng)
+
+
+@on_each_device
+@pytest.mark.parametrize("operator", ["sdpa", "flash"])
+def test_gradients_under_dropout(device: str, operator: str):
+    *inputs, dout = heads_first(device)
+    q, k, v = (x.requires_grad_() for x in inputs)
+    if operator == "sdpa":
+        out, *_, rng, _, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.3, True)
+    else:
+        out, _, rng, *_ = aten._flash_attention_forward(
+            *(x.transpose(1, 2) for x in (q, k, v)), None, None, 33, 33, 0.3, True, False
+        )
+        out = out.transpose(1, 2)
+    gradients = Gradients(*torch.autograd.grad(out, (q, k, v), dout))
+    factors = factors_of(rng.view(torch.int64), 0.3, 2, 4, 33, 33)
+    plain_inputs = Inputs(*(x.detach() for x in inputs))
+    assert_right(gradients, plain_inputs, Cotangents(dout, None), CAUSAL, factors=factors)
 
 
 # --- layouts
