@@ -4,18 +4,25 @@
 from importlib.metadata import version as _version
 
 from . import reference
+from .flash_registry import register
 from .merge import merge
 from .ops import attention
+from .routing import FallbackWarning, disable, enable, enabled
 from .sdpa import scaled_dot_product_attention
 from .support import explain, supported
 
 __version__ = _version("online-attention")
 
 __all__ = [
+    "FallbackWarning",
     "attention",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "merge",
     "reference",
+    "register",
     "scaled_dot_product_attention",
     "supported",
 ]
