@@ -52,6 +52,10 @@ struct QueryTile {
   int64_t k_stride = 0, v_stride = 0;  // elements between two keys
   int64_t D = 0, D_v = 0;
   double sign = 1, scale_log2 = 1;  // of ScoreScale
+
+  BiasType bias_type = BiasType::none;
+  int64_t bias_stride = 0;     // elements between two keys
+  const void* bias[kMaxRows];  // [rows][S_kv]; not set where there is none
 };
 
 struct TileKernel {
