@@ -3,7 +3,7 @@
 
 from importlib.metadata import version as _version
 
-from . import reference
+from . import compat, nn, reference
 from .merge import merge
 from .ops import attention
 from .sdpa import scaled_dot_product_attention
@@ -13,8 +13,10 @@ __version__ = _version("online-attention")
 
 __all__ = [
     "attention",
+    "compat",
     "explain",
     "merge",
+    "nn",
     "reference",
     "scaled_dot_product_attention",
     "supported",
