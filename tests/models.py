@@ -27,9 +27,10 @@ class Block(nn.Module):
             nn.Linear(2 * E, E, dtype=dtype),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Keys where `hidden`, `(B, S)`, is true are padding."""
         normed = self.norm(x)
-        x = x + self.attention(normed, normed, normed, is_causal=True)[0]
+        x = x + self.attention(normed, normed, normed, hidden, is_causal=True)[0]
         return x + self.mlp(x)
 
 

@@ -236,6 +236,18 @@ def test_deterministic_asks_for_ours(monkeypatch):
     assert asked == [True, None]  # None: torch's deterministic mode decides
 
 
+@pytest.mark.targets(**ONE_TYPE_EACH)
+def test_dropout_is_that_of_attention(target: Target):
+    inputs = inputs_of(target, 19, 37)
+    torch.manual_seed(2)
+    out, lse, _ = flash_attn.flash_attn_func(*inputs, dropout_p=0.3, return_attn_probs=True)
+    torch.manual_seed(2)
+    due, due_lse = attention(*transposed(*inputs), dropout_p=0.3, return_lse=True)
+    assert_bitwise_equal(out, due.transpose(1, 2))
+    assert_bitwise_equal(lse, due_lse, "lse")
+    assert not torch.equal(out, flash_attn.flash_attn_func(*inputs))
+
+
 def test_compiles_without_a_graph_break():
     def block(qkv: Tensor) -> Tensor:
         return flash_attn.flash_attn_qkvpacked_func(qkv, causal=True).flatten(2)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import os
 import pickle
@@ -74,6 +75,25 @@ def test_a_marked_length_is_compiled_once():
         x = input_of(length)
         torch._dynamo.mark_dynamic(x, 1)
         assert_bitwise_equal(compiled(x), module(x))
+
+
+@recompiling_fails
+def test_padding_and_dropout_are_compiled_too():
+    module = Block(dropout=0.5)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in LENGTHS:
+        x, hidden = input_of(length), torch.rand(2, length) < 0.3
+
+        def drawn(seed: int, function=compiled, inputs=(x, hidden)) -> list[Tensor]:
+            torch.manual_seed(seed)
+            out = function(*inputs)
+            return [out, *torch.autograd.grad(out.square().sum(), tuple(module.parameters()))]
+
+        once, again, other = drawn(1), drawn(1), drawn(2)
+        for a, b, c in zip(once, again, drawn(1, module), strict=True):
+            assert_bitwise_equal(a, b)
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(once[0], other[0])
 
 
 def test_a_length_that_varies_is_compiled_twice():
@@ -171,19 +191,26 @@ def test_pickled_and_copied_models_are_the_same(model: type):
             assert_bitwise_equal(mine, wanted)
 
 
-@every_model
+WITH_DROPOUT = {**MODELS, "dropout": functools.partial(Block, dropout=0.5)}
+
+
+@pytest.mark.parametrize("model", WITH_DROPOUT.values(), ids=WITH_DROPOUT)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpoints_change_nothing(model: type, use_reentrant: bool):
+    """With dropout neither: the recomputation draws what the first computation drew."""
     module = model()
-    x = input_of(9).requires_grad_()
-    module(x).square().sum().backward()
-    due = [x.grad, *(p.grad for p in module.parameters())]
-    module.zero_grad()
-    x = x.detach().requires_grad_()
-    checkpoint(module, x, use_reentrant=use_reentrant).square().sum().backward()
-    found = [x.grad, *(p.grad for p in module.parameters())]
-    for mine, wanted in zip(found, due, strict=True):
-        assert_bitwise_equal(mine, wanted)
+    start = input_of(9)
+
+    def step(*, checkpointed: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        module.zero_grad()
+        x = start.clone().requires_grad_()
+        run = functools.partial(checkpoint, module, use_reentrant=use_reentrant)
+        (run if checkpointed else module)(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in module.parameters())]
+
+    for mine, due in zip(step(checkpointed=True), step(checkpointed=False), strict=True):
+        assert_bitwise_equal(mine, due)
 
 
 def test_checkpoints_inside_a_compiled_model():
