@@ -3,7 +3,7 @@
 
 from importlib.metadata import version as _version
 
-from . import reference
+from . import compat, nn, reference
 from .flash_registry import register
 from .merge import merge
 from .ops import attention
@@ -16,11 +16,13 @@ __version__ = _version("online-attention")
 __all__ = [
     "FallbackWarning",
     "attention",
+    "compat",
     "disable",
     "enable",
     "enabled",
     "explain",
     "merge",
+    "nn",
     "reference",
     "register",
     "scaled_dot_product_attention",
