@@ -295,7 +295,11 @@ def test_a_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch):
     ("name", "value", "sentence"),
     [
         ("softcap", 30.0, "softcap asks for a cap of the scores, which is not built yet"),
-        ("s_aux", torch.zeros(4), 's_aux asks for attention sinks, .* use attn_implementation="eager"'),
+        (
+            "s_aux",
+            torch.zeros(4),
+            's_aux asks for attention sinks, .* use attn_implementation="eager"',
+        ),
         ("sinks", torch.zeros(4), "sinks asks for attention sinks"),
         ("learnable_sink", torch.zeros(4), "learnable_sink asks for attention sinks"),
         ("position_bias", torch.zeros(1, 4, 5, 9), "position_bias asks for a bias of positions"),

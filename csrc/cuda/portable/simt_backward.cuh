@@ -41,16 +41,18 @@ struct SimtBackwardBlock {
   Real* tile;    // [kTileM][kPitchP], P and then dS
   int32_t b, h, kv_head;
   int32_t first_column;
+  Real keep_scale;  // of dropout; used if kPairs
   bool reads_delta = true;
   int32_t q = 0, kv = 0;  // first query and key of the current tile
   int buffer = 0;         // the slice that is filled next
 
   __device__ __forceinline__ SimtBackwardBlock(const BackwardArgs& args, const Real* delta,
-                                               void* smem)
+                                               Real keep_scale, void* smem)
       : args(args),
         delta(delta),
         slices(static_cast<Real*>(smem)),
-        tile(slices + 2 * Config::kSliceElements) {}
+        tile(slices + 2 * Config::kSliceElements),
+        keep_scale(keep_scale) {}
 
   __device__ __forceinline__ RowSource<Element> rows_of(const View& view, int32_t head,
                                                         int64_t rows, int64_t length) const {
@@ -192,7 +194,7 @@ struct SimtBackwardBlock {
       const auto last = static_cast<int32_t>(args.shape.S_q) - 1;
 #pragma unroll 1
       for (int i = 0; i < Config::kRows; ++i) {
-        const auto* row = args.bias.row<decltype(element)>(b, h, min(query(at, i), last));
+        const auto* row = args.bias.row<decltype(element)>(anew(b), h, min(query(at, i), last));
         fetch_bias<Config::kScoresX, Config::kScores>(tile_row(at, i), row, args.bias.stride_kv,
                                                       kv + at.x,
                                                       static_cast<int32_t>(args.shape.S_kv));
@@ -235,7 +237,7 @@ struct SimtBackwardBlock {
     for (int i = 0; i < Config::kRows; ++i) {
       Real* p = tile_row(at, i);
       for_dropped<Config::kScoresX, Config::kScores>(
-          args.dropout, b * args.shape.H + h, query(at, i), kv, at.x,
+          args.dropout, anew(b) * args.shape.H + h, query(at, i), kv, at.x,
           [&](int j) { p[Config::kScoresX * j] = -p[Config::kScoresX * j]; });
     }
   }
@@ -243,7 +245,6 @@ struct SimtBackwardBlock {
   // dS from dP and the tile's P (E29), over P. 0 where P is, whatever dP and delta are.
   __device__ __forceinline__ void differentiate(const Scores& dp) const {
     const ScoresPlace at;
-    const Real keep_scale = kPairs ? Real(args.dropout.keep_scale()) : Real(1);
 #pragma unroll
     for (int i = 0; i < Config::kRows; ++i) {
       Real* row = tile_row(at, i);

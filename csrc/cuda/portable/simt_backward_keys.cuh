@@ -72,7 +72,7 @@ struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, 
       if (this->hides_some(masked) && this->has_nonfinite(slice)) {
         multiply_plain<Config, true>(sum, weights, values);
       } else {
-        multiply_plain<Config, false>(sum, weights, values);
+        multiply_plain<Config, false, kPairs ? kUnrollDq : kUnroll>(sum, weights, values);
       }
     }
     // The plan gives other types than fp32 a kernel for dQ.
@@ -157,7 +157,8 @@ template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
 __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
     const __grid_constant__ BackwardArgs args, const __grid_constant__ BackwardPlan plan,
     const __grid_constant__ BackwardBuffers<typename SimtTraits<Element>::Real> buffers,
-    typename SimtTraits<Element>::Real factor, bool dq_aligned) {
+    typename SimtTraits<Element>::Real factor, bool dq_aligned,
+    typename SimtTraits<Element>::Real keep_scale) {
   using Block = SimtBackwardKeys<Element, kColumnsOfBlock, kAligned, kPairs>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
   const Shape& shape = args.shape;
   const auto group = static_cast<int32_t>(shape.group());
 
-  Block block(args, buffers.delta, smem);
+  Block block(args, buffers.delta, keep_scale, smem);
   uint32_t index = blockIdx.x;
   block.first_column = static_cast<int32_t>(index % plan.column_blocks) * Config::kColumns;
   index /= plan.column_blocks;
@@ -267,8 +268,7 @@ __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
                 [&](int32_t key) { return args.dk.row<Element>(b, kv_head, key); });
   }
   if (adds_dv) {
-    const Real keep_scale = kPairs ? Real(args.dropout.keep_scale()) : Real(1);
-    block.store(block.dv, shape.D_v, keep_scale,
+    block.store(block.dv, shape.D_v, kPairs ? keep_scale : Real(1),
                 [&](int32_t key) { return args.dv.row<Element>(b, kv_head, key); });
   }
 }

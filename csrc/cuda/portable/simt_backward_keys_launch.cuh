@@ -26,7 +26,7 @@ Status launch_simt_backward_keys(const BackwardArgs& args, const BackwardPlan& p
   return launch(simt_backward_keys_kernel<Element, kColumns, kAligned, kPairs>, blocks,
                 Config::kThreads, Config::kSmemBytes, on.stream, args, plan,
                 BackwardBuffers<Real>::in(on.workspace, plan, args), gradient_factor<Real>(args),
-                dq_aligned);
+                dq_aligned, args.dropout.keep_scale<Real>());
 }
 
 }  // namespace online_attention::cuda::portable

@@ -12,14 +12,15 @@ __global__ void __launch_bounds__(128, 2)
     simt_backward_queries_kernel(const __grid_constant__ BackwardArgs args,
                                  const __grid_constant__ BackwardPlan plan,
                                  const typename SimtTraits<Element>::Real* delta,
-                                 typename SimtTraits<Element>::Real factor) {
+                                 typename SimtTraits<Element>::Real factor,
+                                 typename SimtTraits<Element>::Real keep_scale) {
   using Block = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kPairs>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
   extern __shared__ __align__(16) unsigned char smem[];
   const Shape& shape = args.shape;
 
-  Block block(args, delta, smem);
+  Block block(args, delta, keep_scale, smem);
   uint32_t index = blockIdx.x;
   block.first_column = static_cast<int32_t>(index % plan.column_blocks) * Config::kColumns;
   index /= plan.column_blocks;

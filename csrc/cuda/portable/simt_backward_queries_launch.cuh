@@ -16,7 +16,7 @@ Status launch_simt_backward_queries(const BackwardArgs& args, const BackwardPlan
   const Real* delta = BackwardBuffers<Real>::in(on.workspace, plan, args).delta;
   return launch(simt_backward_queries_kernel<Element, kColumns, kAligned, kPairs>, blocks,
                 Config::kThreads, Config::kSmemBytes, on.stream, args, plan, delta,
-                gradient_factor<Real>(args));
+                gradient_factor<Real>(args), args.dropout.keep_scale<Real>());
 }
 
 }  // namespace online_attention::cuda::portable

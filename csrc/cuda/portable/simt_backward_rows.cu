@@ -56,7 +56,7 @@ Status sum_as(const BackwardArgs& args, const BackwardPlan& plan, const Launch& 
                                               gradient_factor<Real>(args), on);
   if (status != kOk) return status;
   return sum_gradient<Element>(args.dv, s, s.D_v, buffers.dv, plan.parts,
-                               Real(args.dropout.keep_scale()), on);
+                               args.dropout.keep_scale<Real>(), on);
 }
 
 }  // namespace

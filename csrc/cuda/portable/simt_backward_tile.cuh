@@ -49,13 +49,13 @@ struct SimtBackwardConfig {
 
 // Iterations of the inner loops taken together, as many as there are registers for: Turing copies
 // to shared memory through registers, and for Ampere the compiler needs more of them than for
-// Hopper.
+// Hopper. kUnrollDq: in the key kernel of calls with a bias or dropout.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr int kUnroll = 1, kUnrollTransposed = 1;
+inline constexpr int kUnroll = 1, kUnrollTransposed = 1, kUnrollDq = 1;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr int kUnroll = 2, kUnrollTransposed = 1;
+inline constexpr int kUnroll = 2, kUnrollTransposed = 1, kUnrollDq = 1;
 #else
-inline constexpr int kUnroll = 2, kUnrollTransposed = 2;
+inline constexpr int kUnroll = 2, kUnrollTransposed = 2, kUnrollDq = 2;
 #endif
 
 // A thread's place in a kY x kX grid of which each warp covers 4 x 8. Lanes that differ in bit 0
@@ -205,11 +205,11 @@ struct alignas(8) HalfVector {
 };
 
 // sum += W X over the kSliceRows rows of a slice X; `w` are the weights of its first row.
-template <typename Config, bool kExact, typename Real>
+template <typename Config, bool kExact, int kUnrolled = kUnroll, typename Real>
 __device__ __forceinline__ void multiply_plain(Real (&sum)[Config::kRows][Config::kQueryOuts],
                                                const Real* w, const Real* x) {
   constexpr int kVector = Config::kVector, kHalf = kVector / 2;
-#pragma unroll(kExact ? 1 : kUnroll)
+#pragma unroll(kExact ? 1 : kUnrolled)
   for (int n = 0; n < Config::kSliceRows; n += kHalf) {
     HalfVector<Real> weights[Config::kRows];
 #pragma unroll

@@ -10,6 +10,13 @@ namespace online_attention::cuda::portable {
 template <typename Real>
 inline constexpr Real kLowest = std::numeric_limits<Real>::lowest();
 
+// x, in a way that keeps what is computed from it out of the registers between two tiles: the
+// compiler would take it out of the loop over them.
+__device__ __forceinline__ int32_t anew(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // An element of a bias in base-2 units. Of finite ones none becomes -inf, which would hide a pair:
 // the lowest number of a type is often given for a mask. -inf itself is the caller's to look for.
 template <typename Real>
