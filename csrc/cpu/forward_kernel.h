@@ -7,11 +7,12 @@
 // block or tile: the order of its sums depends on D, the keys and QueryTile::in_place alone.
 #pragma once
 
-#include "cpu/exp2.h"
+#include "cpu/dropout_mask.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
 #include "cpu/score_bias.h"
+#include "cpu/weigh.h"
 
 namespace online_attention::cpu {
 
@@ -148,7 +149,9 @@ class TileForward {
   template <int kRows>
   void add(Block<kRows> block, KvRange keys) {
     const Visibility seen = visibility(block, keys);
-    if (seen.by_some.begin >= seen.by_some.end || hidden_by_bias(block, seen.by_some)) return;
+    if (seen.by_some.begin >= seen.by_some.end ||
+        bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
+      return;
     Real scores[kRows * kTileKeys];
     Real alpha[kRows];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
@@ -162,8 +165,11 @@ class TileForward {
       const Real tile_max = top * factor_;
       // (E6), where raise gives exactly 1 if the maximum stays.
       alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
-      const Real tile_sum = weigh(s, panels, top, row.base());  // (E7) scores become p
-      row.absorb(alpha[i], tile_sum);                           // (E8)
+      const Real tile_sum =
+          weigh<Isa, Lanes>(s + panels.begin, weights_of(s) + panels.begin, panels.size(), top,
+                            factor_, row.base());  // (E7) scores become p
+      row.absorb(alpha[i], tile_sum);              // (E8)
+      if (tile_.dropout.exists && i < block.rows) drop(s, panels, block.row_begin + i, keys.begin);
     }
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
@@ -244,47 +250,21 @@ class TileForward {
     }
   }
 
-  // Whether a boolean bias hides all `keys` from all rows; rows that share their bias are asked
-  // once.
-  template <int kRows>
-  bool hidden_by_bias(Block<kRows> block, KvRange keys) const {
-    if (tile_.bias_type != BiasType::boolean) return false;
-    for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
-      if (row > block.row_begin && tile_.bias[row] == tile_.bias[row - 1]) continue;
-      if (!bias_.hides_all(tile_.bias[row], keys)) return false;
-    }
-    return true;
-  }
-
   const void* bias_row(int row) const { return bias_.exists() ? tile_.bias[row] : nullptr; }
 
-  // Scores s become weights p = 2^(s * factor - base), in the same place; returns their sum.
-  Real weigh(Real* s, KvRange panels, Real top, Real base) const {
-    const Real factor = factor_;
-    const bool huge = std::fabs(base) > 1 / std::numeric_limits<Real>::epsilon();
-    // Counted from the largest score, large weights come of small products: small roundings. And
-    // base is a rounded product: where that could be off by 1, `top` must be rounded alike.
-    if ((Isa::kRoundsProducts || huge) && top != -kInfinity<Real>) {
-      const volatile Real rounded = top * factor;  // never fused with the subtraction
-      const Real offset = huge ? rounded - base : static_cast<Real>(std::fma(top, factor, -base));
-      return weigh_each(s, panels, [=](Vec score) {
-        return (score - Lanes::splat(top)) * Lanes::splat(factor) + Lanes::splat(offset);
-      });
-    }
-    return weigh_each(s, panels,
-                      [=](Vec score) { return score * Lanes::splat(factor) - Lanes::splat(base); });
-  }
-
-  template <class Exponent>
-  static Real weigh_each(Real* s, KvRange panels, Exponent exponent) {
+  // Weights of one row become 0 where they are dropped; the sum has taken them in. (E45)
+  void drop(Real* s, KvRange panels, int row, int32_t first_key) const {
+    using Random = DropoutBits<Isa>;
+    static_assert(kTileKeys % Random::kGroupKeys == 0);
+    uint16_t bits[kTileKeys];
+    const int begin = panels.begin / Random::kGroupKeys * Random::kGroupKeys;
+    Random::generate(tile_.dropout, tile_.head[row], tile_.q_idx[row], first_key + begin,
+                     (panels.end - begin + Random::kGroupKeys - 1) / Random::kGroupKeys,
+                     bits + begin);
     Weight* p = weights_of(s);
-    Vec sum = {};
     for (int n = panels.begin; n < panels.end; n += kLanes) {
-      const Vec weights = exp2_of_lanes<Lanes, Real>(exponent(Lanes::load(s + n)));
-      Lanes::store(weights, p + n);
-      sum += weights;
+      Lanes::store(kept<Lanes>(Lanes::load(p + n), bits + n, tile_.dropout.threshold), p + n);
     }
-    return Lanes::sum_of_lanes(sum);
   }
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
@@ -323,7 +303,8 @@ class TileForward {
   template <int kRows>
   void finish(Block<kRows> block) const {
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
-      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum());  // (E9)
+      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() *
+                                           static_cast<Real>(tile_.dropout.keep_scale));  // (E9)
       const Real* from = out_row(row);
       Element* to = static_cast<Element*>(tile_.out[row]);
       int64_t d = 0;
