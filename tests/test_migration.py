@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import online_attention
+import online_attention.compat.flash_attn
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "migration.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -87,3 +91,10 @@ def test_examples_give_what_they_replace(key: str):
     names: Names = {}
     exec(example, names)
     CHECKS[key](names)
+
+
+@pytest.mark.parametrize("module", [online_attention.nn, online_attention.compat.flash_attn])
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
