@@ -149,7 +149,9 @@ class TileForward {
   template <int kRows>
   void add(Block<kRows> block, KvRange keys) {
     const Visibility seen = visibility(block, keys);
-    if (seen.by_some.begin >= seen.by_some.end || hidden_by_bias(block, seen.by_some)) return;
+    if (seen.by_some.begin >= seen.by_some.end ||
+        bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
+      return;
     Real scores[kRows * kTileKeys];
     Real alpha[kRows];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
@@ -246,18 +248,6 @@ class TileForward {
       bias_.apply(scores + i * kTileKeys + panels.begin, panels.size(), bias_row(row),
                   first_key + panels.begin, tile_.visible[row]);
     }
-  }
-
-  // Whether a boolean bias hides all `keys` from all rows; rows that share their bias are asked
-  // once.
-  template <int kRows>
-  bool hidden_by_bias(Block<kRows> block, KvRange keys) const {
-    if (tile_.bias_type != BiasType::boolean) return false;
-    for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
-      if (row > block.row_begin && tile_.bias[row] == tile_.bias[row - 1]) continue;
-      if (!bias_.hides_all(tile_.bias[row], keys)) return false;
-    }
-    return true;
   }
 
   const void* bias_row(int row) const { return bias_.exists() ? tile_.bias[row] : nullptr; }

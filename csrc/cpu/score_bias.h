@@ -66,9 +66,19 @@ class ScoreBias {
     return false;
   }
 
-  // Whether a boolean bias hides all `keys` from the row; false where that is not cheap to say.
-  bool hides_all(const void* row, KvRange keys) const {
+  // Whether a boolean bias hides all `keys` from all of `rows`; false where that is not cheap to
+  // say. Neighbours that share their bias are asked once.
+  bool hides_all(const void* const* rows, int count, KvRange keys) const {
     if (type_ != BiasType::boolean) return false;
+    for (int i = 0; i < count; ++i) {
+      if (i > 0 && rows[i] == rows[i - 1]) continue;
+      if (!hides_all(rows[i], keys)) return false;
+    }
+    return true;
+  }
+
+ private:
+  bool hides_all(const void* row, KvRange keys) const {
     const auto* shown = static_cast<const uint8_t*>(row);
     if (stride_ == 0) return *shown == 0;
     if (stride_ != 1) return false;
@@ -77,7 +87,6 @@ class ScoreBias {
     return some == 0;
   }
 
- private:
   using Vec = typename Lanes::Vec;
   using Bits = typename Lanes::Bits;
   using Integer = typename Lanes::Integer;
@@ -88,7 +97,7 @@ class ScoreBias {
   void apply_each(Real* s, int count, const Stored* row, int32_t first_key, KvRange visible,
                   Combine combine) const {
     Stored near[kLanes] = {};
-    if (row != nullptr && stride_ == 0) {
+    if (row != nullptr && stride_ == 0 && visible.size() > 0) {
       for (Stored& element : near) element = *row;
     }
     const bool gathers = row != nullptr && stride_ != 0;

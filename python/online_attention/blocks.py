@@ -160,7 +160,7 @@ class Block:
         """Z of (E50) times a tensor of pairs, which may be changed; what is dropped is replaced."""
         if self.kept is None:
             return x
-        keep_scale = philox.keep_scale(self.settings.dropout_p)
+        keep_scale = philox.keep_scale(self.settings.dropout_p, self.dtype)
         return x.masked_fill(~self.kept, 0).mul_(keep_scale)
 
     def product(self, weights: Tensor, x: Tensor) -> Tensor:

@@ -38,9 +38,11 @@ def threshold_of(dropout_p: float) -> int:
     return min(int(dropout_p * OUTCOMES + 0.5), OUTCOMES - 1)
 
 
-def keep_scale(dropout_p: float) -> float:
-    """What the pairs that are kept are multiplied by, in single precision as the kernels do."""
+def keep_scale(dropout_p: float, dtype: torch.dtype) -> float:
+    """What the pairs that are kept are multiplied by, rounded to the dtype as in the kernels."""
     exact = OUTCOMES / (OUTCOMES - threshold_of(dropout_p))
+    if dtype == torch.float64:
+        return exact
     rounded: float = struct.unpack("f", struct.pack("f", exact))[0]
     return rounded
 

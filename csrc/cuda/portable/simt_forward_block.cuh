@@ -175,34 +175,23 @@ struct SimtBlock {
   // were. The bias passes through the places of the thread's own probabilities, a row at a time:
   // there are no registers for the addresses of all.
   __device__ __forceinline__ void add_bias(int32_t kv) {
-    with_bias_type<Element>(args.bias, [&](auto element) { fetch_bias<decltype(element)>(kv); });
+    with_bias_type<Element>(args.bias, [&](auto element) {
+#pragma unroll 1
+      for (int i = 0; i < kRows; ++i) {
+        fetch_bias<Config::kThreadsX, kScores>(p_row(i), bias_row<decltype(element)>(packed_row(i)),
+                                               args.bias.stride_kv, kv + tx,
+                                               static_cast<int32_t>(args.shape.S_kv));
+      }
+    });
     const Real scale_log2 = static_cast<Real>(args.scale.log2);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kScores; ++j) {
         const Real bias = p_row(i)[Config::kThreadsX * j];
-        scores[i][j] =
-            bias == -kInfinity<Real> ? -kInfinity<Real> : fma(scores[i][j], scale_log2, bias);
+        scores[i][j] = bias == -kInfinity<Real> ? -kInfinity<Real>
+                                                : fma(scores[i][j], scale_log2, bias_log2(bias));
       }
-    }
-  }
-  template <typename BiasElement>
-  __device__ __forceinline__ void fetch_bias(int32_t kv) const {
-    const auto s_kv = static_cast<int32_t>(args.shape.S_kv);
-    const int64_t stride = args.bias.stride_kv;
-#pragma unroll 1
-    for (int i = 0; i < kRows; ++i) {
-      const BiasElement* element = bias_row<BiasElement>(packed_row(i)) + (kv + tx) * stride;
-      Real bias[kScores];
-#pragma unroll
-      for (int j = 0; j < kScores; ++j) {
-        const bool exists = kv + tx + Config::kThreadsX * j < s_kv;
-        bias[j] = exists ? bias_of<Real>(*element) : -kInfinity<Real>;
-        element += Config::kThreadsX * stride;
-      }
-#pragma unroll
-      for (int j = 0; j < kScores; ++j) p_row(i)[Config::kThreadsX * j] = bias_log2(bias[j]);
     }
   }
 
@@ -358,7 +347,7 @@ struct SimtBlock {
   }
 
   __device__ __forceinline__ void store(const SplitBuffers<Real>& partial) const {
-    const Real keep_scale = kPairs ? Real(args.dropout.keep_scale()) : Real(1);
+    const Real keep_scale = kPairs ? args.dropout.keep_scale<Real>() : Real(1);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int32_t row = packed_row(i);

@@ -10,12 +10,35 @@ namespace online_attention::cuda::portable {
 template <typename Real>
 inline constexpr Real kLowest = std::numeric_limits<Real>::lowest();
 
+// x, in a way that keeps what is computed from it out of the registers between two tiles: the
+// compiler would take it out of the loop over them.
+__device__ __forceinline__ int32_t anew(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // An element of a bias in base-2 units. Of finite ones none becomes -inf, which would hide a pair:
-// the lowest number of a type is often given for a mask.
+// the lowest number of a type is often given for a mask. -inf itself is the caller's to look for.
 template <typename Real>
 __device__ __forceinline__ Real bias_log2(Real bias) {
   const Real log2 = bias * Real(kLog2e);
-  return log2 < kLowest<Real> && bias >= kLowest<Real> ? kLowest<Real> : log2;
+  return log2 < kLowest<Real> ? kLowest<Real> : log2;
+}
+
+// The bias of one query and keys kv + kAcross * j, j < kCount, in natural units, to
+// target[kAcross * j]; -inf for keys that do not exist. `row` is that of key 0.
+template <int kAcross, int kCount, typename BiasElement, typename Real>
+__device__ __forceinline__ void fetch_bias(Real* target, const BiasElement* row, int64_t stride,
+                                           int32_t kv, int32_t s_kv) {
+  const BiasElement* element = row + kv * stride;
+  Real bias[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    bias[j] = kv + kAcross * j < s_kv ? bias_of<Real>(*element) : -kInfinity<Real>;
+    element += kAcross * stride;
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) target[kAcross * j] = bias[j];
 }
 
 // Calls dropped(j) for those of the keys kv + x + kAcross * j, j < kCount, that dropout drops for a
