@@ -7,7 +7,7 @@ Shapes are written B, H, H_kv, S_q, S_kv, D, D_v throughout, as in the documenta
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 PASSES = ("forward", "backward", "forward_backward")
 
@@ -26,6 +26,7 @@ GRID_TOKENS = 16384
 GRID_WIDTH = 2048
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 MASKS = (False, True)
+BIASES = ("key_padding", "boolean", "additive")
 
 SHAPE_FIELDS = "B,H,H_kv,S_q,S_kv,D,D_v"
 
@@ -43,6 +44,7 @@ class Case:
     d: int
     d_v: int
     causal: bool
+    bias: str = "none"  # a mask given as a tensor, one of BIASES
 
     @property
     def shape(self) -> str:
@@ -58,7 +60,7 @@ class Case:
 
     @property
     def mask(self) -> str:
-        return "causal" if self.causal else "full"
+        return mask_text(self.causal, self.bias)
 
     @property
     def label(self) -> str:
@@ -74,6 +76,12 @@ class Case:
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
+
+
+def mask_text(causal: bool, bias: str) -> str:
+    """The mask in words."""
+    parts = (["causal"] if causal else []) + ([bias.replace("_", " ")] if bias != "none" else [])
+    return " + ".join(parts) or "full"
 
 
 def _square(family: str, batch: int, heads: int, length: int, d: int, causal: bool) -> Case:
@@ -142,6 +150,19 @@ def fp32(device_type: str) -> list[Case]:
     ]
 
 
+def masks(device_type: str) -> list[Case]:
+    """Masks given as tensors, beside none at all."""
+    lengths = (1024, 4096) if device_type == "cuda" else (512,)
+    tokens = GRID_TOKENS if device_type == "cuda" else 2048
+    width = GRID_WIDTH if device_type == "cuda" else 256
+    return [
+        replace(_square("masks", tokens // length, width // d, length, d, False), bias=bias)
+        for d in (64, 128)
+        for bias in ("none", *BIASES)
+        for length in lengths
+    ]
+
+
 def cpu(device_type: str) -> list[Case]:
     """Lengths 128 to 8192 with 1 to 32 heads; the longer, the fewer, to end within minutes.
 
@@ -200,6 +221,7 @@ SUITES = {
         Suite("forward", forward),
         Suite("backward", backward, case_seconds=3.0, which_pass="backward"),
         Suite("shapes", shapes),
+        Suite("masks", masks, case_seconds=1.5),
         Suite("fp32", fp32, gpu_dtypes=("fp32",), cpu_dtypes=("fp32",)),
         Suite("cpu", cpu, gpu_dtypes=("fp32", "bf16")),
         Suite("host", host, cpu_dtypes=("fp32",), measures_host_time=True),

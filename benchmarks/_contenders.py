@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from _bias import make_bias
 from _cases import Case
 
 TORCH_DTYPES = {
@@ -99,7 +100,21 @@ def make_inputs(case: Case, dtype: str, device: torch.device, seed: int) -> Tens
 def _bind_ours(case: Case, tensors: Tensors, **keywords: Any) -> Call:
     import online_attention
 
+    bias = make_bias(case, tensors[0].dtype, tensors[0].device)
+    if bias is not None:
+        keywords["bias"] = bias
     return partial(online_attention.attention, *tensors, causal=case.causal, **keywords)
+
+
+def _bind_ours_as_sdpa(case: Case, tensors: Tensors) -> Call:
+    if not case.masks_agree:
+        raise NotImplementedError("its is_causal is aligned to the top left")
+    import online_attention
+
+    function = online_attention.scaled_dot_product_attention
+    bias = make_bias(case, tensors[0].dtype, tensors[0].device)
+    gqa = case.heads != case.heads_kv
+    return partial(function, *tensors, attn_mask=bias, is_causal=case.causal, enable_gqa=gqa)
 
 
 def _bind_sdpa(case: Case, tensors: Tensors) -> Call:
@@ -107,7 +122,12 @@ def _bind_sdpa(case: Case, tensors: Tensors) -> Call:
     options: dict[str, Any] = {}
     if case.heads != case.heads_kv:
         options["enable_gqa"] = True
-    if case.causal and case.masks_agree:
+    bias = make_bias(case, q.dtype, q.device)
+    if bias is not None and case.causal:
+        raise NotImplementedError("it takes a mask or is_causal, not both")
+    if bias is not None:
+        options["attn_mask"] = bias
+    elif case.causal and case.masks_agree:
         options["is_causal"] = True
     elif case.causal:
         # SDPA can say "bottom right" only with a mask tensor; it is made once, before the timing.
@@ -117,6 +137,8 @@ def _bind_sdpa(case: Case, tensors: Tensors) -> Call:
 
 
 def _bind_fa3(case: Case, tensors: Tensors) -> Call:
+    if case.bias != "none":
+        raise NotImplementedError("it takes no mask tensor")
     module = importlib.import_module(FA3_MODULE)
     q, k, v = (x.transpose(1, 2) for x in tensors)
     return partial(module.flash_attn_func, q, k, v, causal=case.causal)
@@ -130,6 +152,7 @@ def _fa3_out(result: Any) -> torch.Tensor:
 
 OURS = Contender("ours", _bind_ours)
 OURS_WITH_LSE = Contender("ours + lse", partial(_bind_ours, return_lse=True), out=lambda r: r[0])
+OURS_AS_SDPA = Contender("ours, as sdpa", _bind_ours_as_sdpa)
 # Beside `ours` in torch's deterministic mode, which it does not follow.
 OURS_ANY_ORDER = Contender("ours, any order", partial(_bind_ours, deterministic=False))
 
@@ -164,7 +187,7 @@ def contenders(names: tuple[str, ...], host_time: bool, deterministic: bool) -> 
     """Ours first, then the baselines in the order asked for."""
     ours = [OURS]
     if host_time:
-        ours.append(OURS_WITH_LSE)
+        ours += [OURS_WITH_LSE, OURS_AS_SDPA]
     if deterministic:
         ours.append(OURS_ANY_ORDER)
     return ours + [_baseline(name) for name in names]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from _bias import bias_of_rows, make_bias
 from _cases import Case
 from _contenders import TORCH_DTYPES, Tensors
 from _metrics import flops
@@ -78,7 +79,9 @@ def gradients(
     for b, some in heads:
         by_group = [t[b].unflatten(0, (case.heads_kv, group))[some] for t in (q, dout)]
         k_b, v_b = k[b, some], v[b, some]
-        parts.append(_gradients_of_entry(case, by_group[0], k_b, v_b, by_group[1], dtype))
+        parts.append(
+            _gradients_of_entry(case, by_group[0], k_b, v_b, by_group[1], dtype, (b, some))
+        )
     return {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(GRADIENTS)}
 
 
@@ -89,19 +92,28 @@ def _gradients_of_entry(
     v: torch.Tensor,
     dout: torch.Tensor,
     dtype: torch.dtype,
+    place: tuple[int, list[int]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, dout (heads, group, S_q, D or D_v); k, v (heads, S_kv, D or D_v)."""
+    """q, dout (heads, group, S_q, D or D_v); k, v (heads, S_kv, D or D_v).
+
+    place: the batch entry and which of its key/value heads these are.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     heads, group = q.shape[:2]
     scale = 1 / math.sqrt(case.d)
     k, v = k.to(wide), v.to(wide)
     dq = torch.empty(q.shape, dtype=dtype, device=q.device)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    mask = make_bias(case, q.dtype, q.device)
     keys = torch.arange(case.s_kv, device=q.device)
     chunk = max(1, REFERENCE_BYTES[q.device.type] // (heads * group * case.s_kv * 8))
     for rows in torch.arange(case.s_q, device=q.device).split(chunk):
         q_c, dout_c = (t[:, :, rows].flatten(1, 2).to(wide) for t in (q, dout))
         scores = (q_c @ k.mT).mul_(scale)
+        bias = bias_of_rows(case, mask, place[0], rows)
+        if bias is not None:
+            bias = bias[place[1]] if bias.shape[0] > 1 else bias
+            scores = scores.unflatten(1, (group, -1)).add_(bias).flatten(1, 2)
         if case.causal:
             # Bottom-right aligned: query i sees key j if j <= i + S_kv - S_q.
             hidden = keys > (rows + case.s_kv - case.s_q).unsqueeze(1)

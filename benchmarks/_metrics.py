@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from _cases import ELEMENT_BYTES, Case
+from _cases import ELEMENT_BYTES, Case, mask_text
 
 
 def flops(case: Case, which_pass: str = "forward") -> float:
@@ -16,7 +16,8 @@ def flops(case: Case, which_pass: str = "forward") -> float:
     Forward has two products, q kT of D and p v of D_v: 2 B H S_q S_kv (D + D_v), which is
     4 B H S_q S_kv D for equal head sizes. Backward has five, the scores again, dq and dk of D, dp
     and dv of D_v: 2 B H S_q S_kv (3 D + 2 D_v), 2.5 times as much for equal head sizes. Half of it
-    when causal. Exponentials are not counted, nor what a kernel computes more than once.
+    when causal; pairs that a mask tensor hides are counted. Exponentials are not counted, nor what
+    a kernel computes more than once.
     """
     pairs = float(case.batch * case.heads * case.s_q * case.s_kv)
     widths = {"forward": case.d + case.d_v, "backward": 3 * case.d + 2 * case.d_v}
@@ -65,7 +66,7 @@ def group_of(row: dict[str, Any]) -> Group:
     """The group (family, head size, mask) that a result row is averaged in."""
     case = row["case"]
     head_dim = f"{case['d']}" if case["d"] == case["d_v"] else f"{case['d']}, {case['d_v']}"
-    return case["family"], head_dim, "causal" if case["causal"] else "full"
+    return case["family"], head_dim, mask_text(case["causal"], case.get("bias", "none"))
 
 
 def grouped(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:

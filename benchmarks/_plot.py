@@ -13,6 +13,7 @@ from _metrics import Group, grouped
 COLOURS = {
     "ours": "#000000",
     "ours + lse": "#999999",
+    "ours, as sdpa": "#BBBBBB",
     "ours, any order": "#777777",
     "sdpa": "#56B4E9",
     "flash": "#E69F00",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from _bias import bias_of_rows, make_bias
 from _cases import Case
 from _contenders import TORCH_DTYPES, Tensors
 
@@ -79,16 +80,23 @@ class ForwardReference:
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of one batch entry by the definition; scores and softmax in fp32 at least.
 
-    q (H_kv, group, n, D), k (H_kv, S_kv, D), v (H_kv, S_kv, D_v), hidden (n, S_kv).
+    q (H_kv, group, n, D), k (H_kv, S_kv, D), v (H_kv, S_kv, D_v), hidden (n, S_kv), bias
+    (H_kv, group, n, S_kv) or broadcast to it.
     """
     heads_kv, group, n, d = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.reshape(heads_kv, group * n, d).to(wide) @ k.transpose(1, 2).to(wide)
     scores = scores.view(heads_kv, group, n, -1).mul_(1 / math.sqrt(d))
+    if bias is not None:
+        scores = scores.add_(bias)
     if hidden is not None:
         scores = scores.masked_fill_(hidden, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
@@ -106,6 +114,7 @@ def attend_rows(
     q, k, v = tensors
     group = case.heads // case.heads_kv
     keys = torch.arange(case.s_kv, device=q.device)
+    bias = make_bias(case, q.dtype, q.device)
     bytes_per_row = case.heads * case.s_kv * 8
     chunk = max(1, REFERENCE_BYTES[q.device.type] // bytes_per_row)
     outs, lses = [], []
@@ -118,7 +127,7 @@ def attend_rows(
             # Bottom-right aligned: query i sees key j if j <= i + S_kv - S_q.
             last_seen = some + case.s_kv - case.s_q
             hidden = keys > last_seen.unsqueeze(1) if case.causal else None
-            parts.append(_attend(q_b, k_b, v_b, hidden))
+            parts.append(_attend(q_b, k_b, v_b, hidden, bias_of_rows(case, bias, b, some)))
         outs.append(torch.cat([out for out, _ in parts], dim=2).flatten(0, 1))
         lses.append(torch.cat([lse for _, lse in parts], dim=2).flatten(0, 1))
     return torch.stack(outs), torch.stack(lses)

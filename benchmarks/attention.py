@@ -327,10 +327,12 @@ class Run:
 def explanation(case: Case, tensors: Any) -> str | None:
     """Which kernel takes the case, in the package's own words; None if it has none."""
     import online_attention
+    from _bias import make_bias
     from _environment import without_paths
 
     try:
-        return without_paths(str(online_attention.explain(*tensors, causal=case.causal)))
+        bias = make_bias(case, tensors[0].dtype, tensors[0].device)
+        return without_paths(str(online_attention.explain(*tensors, causal=case.causal, bias=bias)))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-COLOURS = {"ours": "#000000", "sdpa": "#E69F00"}
+COLOURS = {"online_attention": "#000000", "sdpa": "#E69F00"}
 INSTALL = "install it with: pip install '.[bench]'"
 
 
@@ -71,7 +71,7 @@ class Display:
     def line(self, curve: Curve) -> None:
         step, validation = curve.validation[-1]
         self.say(
-            f"{curve.attention:>4}  step {step:>5}  loss {curve.training[-1]:.4f}  "
+            f"{curve.attention:>16}  step {step:>5}  loss {curve.training[-1]:.4f}  "
             f"validation {validation:.4f}  {curve.tokens_per_second:,.0f} tokens/s"
         )
 

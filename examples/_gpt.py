@@ -29,7 +29,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-ATTENTIONS: dict[str, Attend] = {"ours": ours, "sdpa": sdpa}
+ATTENTIONS: dict[str, Attend] = {"online_attention": ours, "sdpa": sdpa}
 
 # --- the model
 

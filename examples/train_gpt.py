@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Trains a small byte-level GPT with this package's attention, with torch's, or with both.
 
-    python examples/train_gpt.py [--attention both] [--steps 300] [--out out]
+    python examples/train_gpt.py [--impl online_attention sdpa] [--steps 300] [--out out]
 
 The text is Python's own documentation of the language (pydoc's topics), which comes with Python;
---text takes a file of yours. With `--attention both` the same model is trained twice from the same
-seed: the two loss curves differ by rounding alone. A run of about a minute on two CPU cores; for a
-GPU, --context 1024 --layers 8 --heads 8 --width 512 --batch 32 --dtype bf16. Ctrl-C ends the
-training, and what there is by then is still shown and written. The weights are not kept.
-Progress bar and plot need rich and matplotlib: pip install '.[bench]'.
+--text takes a file of yours. With two names after --impl, as by default, the same model is trained
+twice from the same seed: the two loss curves differ by rounding alone. A run of about a minute on
+two CPU cores; for a GPU, --context 1024 --layers 8 --heads 8 --width 512 --batch 32 --dtype bf16.
+Ctrl-C ends the training, and what there is by then is still shown and written. The weights are not
+kept. Progress bar and plot need rich and matplotlib: pip install '.[bench]'.
 """
 
 from __future__ import annotations
@@ -203,7 +203,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Text]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--attention", choices=[*ATTENTIONS, "both"], default="both", help="whose attention")
+    add(
+        "--impl",
+        nargs="+",
+        choices=ATTENTIONS,
+        default=["online_attention", "sdpa"],
+        metavar="NAME",
+        help=f"whose attention, one or two of {', '.join(ATTENTIONS)}",
+    )
     for name, default, meaning in (
         ("steps", 300, "batches trained on"),
         ("batch", 8, "sequences of a batch"),
@@ -240,6 +247,8 @@ def positive(text: str) -> int:
 
 def checked(options: argparse.Namespace) -> Text:
     """The text; raises ValueError with a sentence for what cannot be."""
+    if len(options.impl) > 2 or len(set(options.impl)) < len(options.impl):
+        raise ValueError(f"--impl takes one name or two different ones, got {options.impl}")
     if options.heads % options.kv_heads:
         raise ValueError(
             f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}"
@@ -277,11 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.no_plot and importlib.util.find_spec("matplotlib") is None:
         print(f"matplotlib is not installed, so there is no plot; {INSTALL}", file=sys.stderr)
         options.no_plot = True
-    names = list(ATTENTIONS) if options.attention == "both" else [options.attention]
-    display = Display(options, len(names))
+    display = Display(options, len(options.impl))
     curves: list[Curve] = []
     with display.shown():
-        for name in names:
+        for name in options.impl:
             curves.append(Trainer(name, text, options).train(display))
             if curves[-1].interrupted:
                 break

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ from rows import Target
 from tolerance import assert_close, assert_lse_close
 
 NAN = float("nan")
+
+
+class Dropout(NamedTuple):
+    """The last arguments of the operators."""
+
+    rng: Tensor | None
+    p: float
+
+
+KEEP_ALL = Dropout(None, 0.0)
 
 
 def poison_allocator(q: Tensor, d_v: int) -> None:
@@ -34,10 +46,13 @@ def attend(
     mask: Mask = FULL,
     scale: float | None = None,
     deterministic: bool | None = None,
+    bias: Tensor | None = None,
+    dropout: Dropout = KEEP_ALL,
 ) -> Attention:
     """By the public function if it takes the mask, else by the operator under it."""
     poison_allocator(q, v.shape[-1])
-    if mask.alignment == "bottom_right" and (mask.is_full or mask.is_causal):
+    is_plain = bias is None and dropout == KEEP_ALL
+    if is_plain and mask.alignment == "bottom_right" and (mask.is_full or mask.is_causal):
         return Attention(
             *online_attention.attention(
                 q,
@@ -52,9 +67,8 @@ def attend(
     factor = oracle.default_scale(q, scale)
     if deterministic is None:  # as the public function does
         deterministic = torch.are_deterministic_algorithms_enabled()
-    return Attention(
-        *torch.ops.online_attention.forward(q, k, v, factor, *mask.op_arguments, deterministic)
-    )
+    arguments = (q, k, v, factor, *mask.op_arguments, deterministic)
+    return Attention(*torch.ops.online_attention.forward(*arguments, bias, *dropout))
 
 
 def assert_right(
@@ -63,15 +77,17 @@ def assert_right(
     mask: Mask = FULL,
     scale: float | None = None,
     magnitude: float | None = None,
+    bias: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> None:
     """Out and lse against the exact ones; `magnitude` as in `assert_close`."""
-    exact = oracle.exact(*inputs, mask, scale)
-    plain = oracle.plain(*inputs, mask, scale)
+    exact = oracle.exact(*inputs, mask, scale, bias, factors)
+    plain = oracle.plain(*inputs, mask, scale, bias, factors)
     assert_close(ours.out, exact.out, plain.out, magnitude=magnitude)
-    assert_lse_close(ours.lse, exact.lse, oracle.plain_lse(*inputs, mask, scale))
+    assert_lse_close(ours.lse, exact.lse, oracle.plain_lse(*inputs, mask, scale, bias))
 
 
-def rounding_magnitude(inputs: Inputs, scale: float | None) -> float:
+def rounding_magnitude(inputs: Inputs, scale: float | None, bias: Tensor | None = None) -> float:
     """What one rounding may move in a result of few elements, where PyTorch may be exact by luck.
 
     The largest value, and as often as it the largest score, for the types whose scores are rounded
@@ -82,7 +98,15 @@ def rounding_magnitude(inputs: Inputs, scale: float | None) -> float:
     if inputs.q.element_size() < 4 or q.numel() == 0 or k.numel() == 0:
         return largest
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    return largest * (1 + abs(oracle.default_scale(q, scale)) * float((grouped @ k.mT).abs().max()))
+    score = abs(oracle.default_scale(q, scale)) * float((grouped @ k.mT).abs().max())
+    return largest * (1 + score + largest_of(bias))
+
+
+def largest_of(bias: Tensor | None) -> float:
+    """The largest number that is added to a score."""
+    if bias is None or bias.dtype == torch.bool or not bool(bias.isfinite().any()):
+        return 0.0
+    return float(bias[bias.isfinite()].abs().max())
 
 
 def check_case(target: Target, case: Case) -> None:

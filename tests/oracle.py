@@ -4,6 +4,9 @@
 `exact` is what a result is judged by: fp64 for the types below fp64, extended precision for fp64.
 `plain` is what PyTorch's own arithmetic makes of the same inputs in the same dtype. `by_definition`
 is written apart from the library: one query at a time, a loop over what it sees and nothing else.
+
+All of them take a bias, boolean or added to the scores, that broadcasts to (B, H, S_q, S_kv), and
+`factors`, what dropout multiplies each probability of that shape by: 0 or 1 / (1 - p).
 """
 
 from __future__ import annotations
@@ -71,32 +74,58 @@ def default_scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
+def shown_by(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, S_q, S_kv), false where the bias hides a pair."""
+    shape = (*q.shape[:3], k.shape[2])
+    if bias is None:
+        return torch.ones(shape, dtype=torch.bool, device=q.device)
+    return (bias if bias.dtype == torch.bool else bias != -math.inf).expand(shape)
+
+
+def pairs(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which pairs see each other, and what is added to their scores, in fp64."""
+    shown = shown_by(bias, q, k) & mask.visible(q.shape[2], k.shape[2]).to(q.device)
+    if bias is None or bias.dtype == torch.bool:
+        return shown, torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=q.device).expand(
+            shown.shape
+        )
+    return shown, bias.detach().double().expand(shown.shape)
+
+
 def by_definition(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask = FULL,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Attention:
-    """softmax(scale q k^T + mask) v, returned in fp64 on q's device.
+    """(factors * softmax(scale q k^T + bias + mask)) v, returned in fp64 on q's device.
 
     Computed in extended precision for fp64 inputs, else in fp64.
     """
     Wide = np.longdouble if q.dtype == torch.float64 else np.float64
     B, H, s_q, _ = q.shape
-    H_kv, s_kv, d_v = k.shape[1], k.shape[2], v.shape[3]
+    H_kv, d_v = k.shape[1], v.shape[3]
     wide_q, wide_k, wide_v = (x.detach().double().cpu().numpy().astype(Wide)
                               for x in (q, k, v))  # fmt: skip
     factor = Wide(default_scale(q, scale))
+    shown, added = (x.cpu().numpy() for x in pairs(q, k, mask, bias))
+    kept = None if factors is None else factors.double().cpu().numpy()
     out = np.zeros((B, H, s_q, d_v), Wide)
     lse = np.full((B, H, s_q), -np.inf, Wide)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for b, h, i in np.ndindex(B, H, s_q):
-            keys = mask.keys(i, s_q, s_kv)
-            seen = slice(keys.start, keys.stop)
+            seen = np.flatnonzero(shown[b, h, i])
             h_kv = h // (H // H_kv)
-            scores = factor * (wide_k[b, h_kv, seen] @ wide_q[b, h, i])
+            scores = factor * (wide_k[b, h_kv, seen] @ wide_q[b, h, i]) + added[b, h, i, seen]
             largest = scores.max(initial=-np.inf)
             if largest == -np.inf:
                 continue
             p = np.exp(scores - largest)
-            out[b, h, i] = (p @ wide_v[b, h_kv, seen]) / p.sum()
+            weights = p if kept is None else p * kept[b, h, i, seen]
+            out[b, h, i] = (weights @ wide_v[b, h_kv, seen]) / p.sum()
             lse[b, h, i] = largest + np.log(p.sum())
     return Attention(
         torch.from_numpy(out.astype(np.float64)).to(q.device),
@@ -120,37 +149,57 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None)
 
 
 def exact(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask = FULL,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Attention:
     # The reference takes queries one by one where it must step around a NaN: slower than this loop.
     is_poisoned = not all(bool(x.isfinite().all()) for x in (q, k, v))
     is_windowed = not (mask.is_full or mask.is_causal)
-    if q.dtype == torch.float64 or is_windowed or is_poisoned:
-        return by_definition(q, k, v, mask, scale)
+    is_changed = bias is not None or factors is not None
+    if q.dtype == torch.float64 or is_windowed or is_poisoned or is_changed:
+        return by_definition(q, k, v, mask, scale, bias, factors)
     return _reference(q.double(), k.double(), v.double(), mask, default_scale(q, scale))
 
 
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask = FULL,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Attention:
-    if mask.is_full or mask.is_causal:
+    if (mask.is_full or mask.is_causal) and bias is None and factors is None:
         return _reference(q, k, v, mask, default_scale(q, scale))
     group = q.shape[1] // k.shape[1]
+    shown, added = pairs(q, k, mask, bias)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    visible = mask.visible(q.shape[2], k.shape[2]).to(q.device)
     accumulation = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (q @ k.mT * default_scale(q, scale)).to(accumulation)
-    scores = scores.masked_fill(~visible, -math.inf)
+    scores = (scores + added.to(accumulation)).masked_fill(~shown, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     p = torch.where(lse[..., None] == -math.inf, 0, torch.exp(scores - lse[..., None]))
+    if factors is not None:
+        p = p * factors.to(p.dtype)
     return Attention(p.to(q.dtype) @ v, lse)
 
 
 def plain_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask = FULL,
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The lse of PyTorch in the type the lse has: half inputs are widened before the products."""
     if q.dtype in (torch.float16, torch.bfloat16):
         scale = default_scale(q, scale)
         q, k, v = q.float(), k.float(), v.float()
-    return plain(q, k, v, mask, scale).lse
+    return plain(q, k, v, mask, scale, bias).lse

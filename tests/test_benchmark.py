@@ -198,13 +198,13 @@ def test_what_is_not_built_is_no_failure(attention_script, tmp_path, monkeypatch
     }
 
 
-def test_host_suite_times_the_log_sum_exp_too(attention_script, tmp_path):
+def test_host_suite_times_the_log_sum_exp_and_the_drop_in_too(attention_script, tmp_path):
     argv = ["--device", "cpu", "--suite", "host", "--rounds", "2", "--min-time", "0", "--full"]
     argv += ["--baselines", "sdpa", "--quiet", "--no-plot", "--out", str(tmp_path)]
     assert attention_script.main(argv) == 0
     (path,) = tmp_path.glob("*_host-full_fp32.json")
     report = json.loads(path.read_text())
-    assert report["baselines"] == ["ours + lse", "sdpa"]
+    assert report["baselines"] == ["ours + lse", "ours, as sdpa", "sdpa"]
 
 
 @pytest.mark.parametrize(

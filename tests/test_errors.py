@@ -69,12 +69,26 @@ KEYWORDS = {
     "deterministic": ({"deterministic": 0}, TypeError, "deterministic must be True or False"),
     "softcap-text": ({"softcap": "30"}, TypeError, "softcap must be a number"),
     "dropout-none": ({"dropout_p": None}, TypeError, "dropout_p must be a number"),
+    "dropout-one": ({"dropout_p": 1}, ValueError, "dropout_p must be at least 0 and below 1, but"),
+    "dropout-negative": ({"dropout_p": -0.1}, ValueError, "dropout_p must be .* but is -0.1"),
+    "dropout-nan": ({"dropout_p": math.nan}, ValueError, "dropout_p must be .* but is nan"),
+    "dropout-bool": ({"dropout_p": True}, TypeError, "dropout_p must be a number, but is True"),
+    "bias-list": ({"bias": [0.0]}, TypeError, r"bias must be a torch.Tensor, but is \[0.0\]"),
+    "bias-shape": (
+        {"bias": torch.ones(3, 5, 7)},
+        ValueError,
+        r"bias must be broadcastable to \(B, H, S_q, S_kv\) = \(2, 4, 5, 7\), but .*\(3, 5, 7\)",
+    ),
+    "bias-rank": ({"bias": torch.ones(1, 1, 1, 5, 7)}, ValueError, r"bias must be broadcastable"),
+    "bias-heads": ({"bias": torch.ones(2, 5, 7)}, ValueError, "make each size 1 or equal"),
+    "bias-half": ({"bias": Q.half()}, TypeError, "bias must be boolean, float32, but is float16"),
+    "bias-int": ({"bias": torch.ones(7).int()}, TypeError, "bias must be .* but is int32: convert"),
+    "bias-sparse": ({"bias": torch.ones(5, 7).to_sparse()}, TypeError, "bias must be a dense"),
+    "bias-meta": ({"bias": torch.ones(7, device="meta")}, ValueError, "bias must be on the device"),
     "window": ({"window": (3, 0)}, NotImplementedError, "window is not built yet"),
     "softcap": ({"softcap": 30.0}, NotImplementedError, "softcap is not built yet"),
-    "bias": ({"bias": torch.ones(5, 7)}, NotImplementedError, "bias is not built yet"),
     "alibi": ({"alibi_slopes": torch.ones(4)}, NotImplementedError, "alibi_slopes is not built"),
     "sinks": ({"sinks": torch.ones(4)}, NotImplementedError, "sinks is not built yet"),
-    "dropout": ({"dropout_p": 0.1}, NotImplementedError, "dropout_p is not built yet"),
 }
 
 

@@ -151,13 +151,6 @@ def test_transposed_projection_is_read_in_place_and_kept_in_order(target: Target
 
 X = torch.ones(2, 3, 5, 8)
 REFUSED = {
-    "mask": (
-        (X, X, X),
-        {"attn_mask": torch.ones(5, 5, dtype=torch.bool)},
-        NotImplementedError,
-        "attn_mask is not built yet",
-    ),
-    "dropout": ((X, X, X), {"dropout_p": 0.1}, NotImplementedError, "dropout_p is not built yet"),
     "dropout-type": ((X, X, X), {"dropout_p": "0"}, TypeError, "dropout_p must be a number"),
     "causal-type": ((X, X, X), {"is_causal": 1}, TypeError, "is_causal must be True or False"),
     "gqa-type": ((X, X, X), {"enable_gqa": None}, TypeError, "enable_gqa must be True or False"),

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import oracle
 from cases import Case, Inputs, normal
 from gradients import attend, cotangents_of
-from online_attention import attention, second_order
+from online_attention import attention, blocks
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, FULL, Mask
 from rows import Target
 
@@ -143,8 +143,8 @@ def test_blocks_change_nothing(
     """Rows and batch elements in parts are what keeps memory linear."""
     inputs = case.inputs(target.dtype, target.device, target.head_dim)
     due = seconds(attend, inputs, case.mask, case.scale)
-    monkeypatch.setitem(second_order.BLOCK_BYTES, target.device, block_bytes)
-    parts = list(second_order.blocks(inputs.q, inputs.k, second_order.Settings(None, 1, -1, -1)))
+    monkeypatch.setitem(blocks.BLOCK_BYTES, target.device, block_bytes)
+    parts = list(blocks.blocks(blocks.Inputs(*inputs), blocks.Settings(None, 1, -1, -1)))
     assert len(parts) > 1
     covered = torch.zeros(inputs.q.shape[0], inputs.q.shape[2])
     for part in parts:

@@ -45,7 +45,7 @@ def test_both_attentions_train_alike(
     assert train_gpt.main([*TINY, *options, "--quiet", "--out", str(tmp_path / "new")]) == 0
     record = record_of(tmp_path / "new")
     ours, sdpa = record["curves"]
-    assert (ours["attention"], sdpa["attention"]) == ("ours", "sdpa")
+    assert (ours["attention"], sdpa["attention"]) == ("online_attention", "sdpa")
     for curve in (ours, sdpa):
         assert len(curve["training"]) == len(curve["step_seconds"]) == 6
         assert [step for step, _ in curve["validation"]] == list(range(7))
@@ -65,12 +65,22 @@ def test_a_model_learns_and_shows_it(
 ):
     text = tmp_path / "text"
     text.write_bytes(b"abcdefgh" * 100)
-    argv = [*TINY, "--attention", "ours", "--steps", "40", "--rate", "0.01", "--text", str(text)]
+    argv = [
+        *TINY,
+        "--impl",
+        "online_attention",
+        "--steps",
+        "40",
+        "--rate",
+        "0.01",
+        "--text",
+        str(text),
+    ]
     assert train_gpt.main([*argv, "--out", str(tmp_path)]) == 0
     (curve,) = record_of(tmp_path)["curves"]
     assert curve["validation"][-1][1] < 0.5 * curve["validation"][0][1]
     printed = capsys.readouterr().out
-    for word in ("ours  step    40", "validation", "tokens/s", "ours writes:", "bits a byte"):
+    for word in ("step    40", "validation", "tokens/s", "online_attention writes:", "bits a byte"):
         assert word in printed
     assert str(tmp_path / "train_gpt.png") in printed
     assert str(tmp_path) not in (tmp_path / "train_gpt.json").read_text()
@@ -79,7 +89,7 @@ def test_a_model_learns_and_shows_it(
 def test_a_seed_is_a_run(train_gpt: ModuleType, tmp_path: Path):
     curves = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        argv = [*TINY, "--attention", "ours", "--seed", seed, "--quiet", "--no-plot"]
+        argv = [*TINY, "--impl", "online_attention", "--seed", seed, "--quiet", "--no-plot"]
         assert train_gpt.main([*argv, "--out", str(tmp_path / name)]) == 0
         curves.append(record_of(tmp_path / name)["curves"][0])
     assert curves[0]["training"] == curves[1]["training"]
@@ -116,7 +126,7 @@ def test_missing_packages_are_named(
     found = importlib.util.find_spec
     hidden = ("rich", "matplotlib")
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in hidden else found(n))
-    assert train_gpt.main([*TINY, "--attention", "ours", "--out", str(tmp_path)]) == 0
+    assert train_gpt.main([*TINY, "--impl", "online_attention", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert "rich is not installed, so there is no progress bar" in said.err
     assert "matplotlib is not installed, so there is no plot" in said.err
@@ -136,7 +146,8 @@ def test_missing_packages_are_named(
         (["--device", "tpu"], "--device expects cuda, cuda:N or cpu, got 'tpu'"),
         (["--device", "cuda:99"], "CUDA devices here"),
         (["--text", "no/such/file"], "No such file"),
-        (["--attention", "theirs"], "invalid choice"),
+        (["--impl", "theirs"], "invalid choice"),
+        (["--impl", "sdpa", "sdpa"], "--impl takes one name or two different ones, got ['sdpa',"),
     ],
 )
 def test_arguments_that_cannot_be(

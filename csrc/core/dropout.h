@@ -46,8 +46,9 @@ struct Dropout {
 
   ONLINE_ATTENTION_HD bool exists() const { return state != nullptr; }
   // What the pairs that are kept are multiplied by.
-  ONLINE_ATTENTION_HD float keep_scale() const {
-    return static_cast<float>(kOutcomes) / static_cast<float>(kOutcomes - threshold);
+  template <typename Real = float>
+  ONLINE_ATTENTION_HD Real keep_scale() const {
+    return static_cast<Real>(kOutcomes) / static_cast<Real>(kOutcomes - threshold);
   }
 
   // The eight keys of a call are pairs of neighbours, 8 apart: those that one lane holds of a row

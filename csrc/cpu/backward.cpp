@@ -16,6 +16,7 @@
 #include <limits>
 #include <thread>
 
+#include "cpu/bias_and_dropout.h"
 #include "cpu/gradient_tile.h"
 #include "cpu/instruction_set.h"
 #include "cpu/scratch.h"
@@ -228,6 +229,9 @@ KeyTile Backward::key_tile(int64_t kv_head, int64_t index) const {
   tile.wants_dq = args_.dq.data != nullptr;
   tile.wants_ds = tile.wants_dq || tile.dk != nullptr;
   tile.in_place = QueryTile::multiplied_in_place(s);
+  tile.bias_type = args_.bias.type;
+  tile.bias_stride = args_.bias.stride_kv;
+  tile.dropout = dropout_state(args_.dropout);
   return tile;
 }
 
@@ -272,6 +276,9 @@ void Backward::set_row(QueryRows& rows, int row, int64_t b, int64_t h, int64_t q
   }
   const auto q = static_cast<int32_t>(q_idx);
   rows.visible[row] = args_.mask.kv_range(q, q + 1);
+  rows.head[row] = static_cast<uint32_t>(b * s.H + h);
+  rows.q_idx[row] = static_cast<uint32_t>(q_idx);
+  if (args_.bias.exists()) rows.bias[row] = bias_row(args_.bias, args_.dtype, b, h, q_idx);
 }
 
 }  // namespace
@@ -281,7 +288,6 @@ int64_t backward_workspace_bytes(const BackwardArgs& args, const Device&) {
 }
 
 Status backward(const BackwardArgs& args, const Launch& launch) {
-  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   Backward backward(args, launch.workspace);
   const auto prepare = [](int64_t begin, int64_t end, void* context) {
     static_cast<Backward*>(context)->prepare(begin, end);

@@ -14,6 +14,7 @@
 // would not stop them.
 #pragma once
 
+#include "cpu/dropout_mask.h"
 #include "cpu/far_rows.h"
 #include "cpu/tile_scores.h"
 
@@ -84,10 +85,11 @@ class TileBackward : TileScores<Isa, Element> {
   using typename Base::Real, typename Base::Vec;
   template <int kRows>
   using Block = RowBlock<kRows>;
+  using Base::bias_, Base::is_hidden, Base::keys_, Base::memory_, Base::rows_, Base::seen_,
+      Base::states_, Base::tile_;
   using Base::contains, Base::for_each_block, Base::key_row, Base::multiply_scores, Base::overlap;
   using Base::kBlockRows, Base::kBlockVecs, Base::kDepth, Base::kLanes, Base::kPanelKeys,
       Base::kPart;
-  using Base::keys_, Base::memory_, Base::rows_, Base::seen_, Base::states_, Base::tile_;
   using Base::q_row, Base::seen, Base::smaller;
 
   using Weight = typename Operand::Weight;
@@ -132,6 +134,7 @@ class TileBackward : TileScores<Isa, Element> {
 
   void take_rows(const QueryRows& rows) {
     Base::take_rows(rows);
+    if (tile_.dropout.exists) draw(rows);
     if (tile_.wants_ds) {
       for_each_block([&]<int kRows>(Block<kRows> block) {
         const auto row = [&](int i) { return dout_row(block.row_begin + i); };
@@ -148,11 +151,27 @@ class TileBackward : TileScores<Isa, Element> {
     if (tile_.dv != nullptr) panels(memory_.dout_columns, tile_.D_v, rows.dout, kFiniteDout);
   }
 
+  // What decides of dropout, for the pairs that the rows see.
+  void draw(const QueryRows& rows) {
+    using Random = DropoutBits<Isa>;
+    constexpr int kGroup = Random::kGroupKeys;
+    static_assert(kTileKeys % kGroup == 0);
+    for (int row = 0; row < rows.rows; ++row) {
+      const KvRange seen = states_.visible(row);
+      const int begin = seen.begin / kGroup * kGroup;
+      Random::generate(tile_.dropout, rows.head[row], rows.q_idx[row], tile_.keys.begin + begin,
+                       (seen.end - begin + kGroup - 1) / kGroup,
+                       memory_.random + row * kTileKeys + begin);
+    }
+  }
+
   // P and dS of one cell: the keys of one panel.
   template <int kRows>
   void weigh(Block<kRows> block, int panel) {
     const KvRange cell = {panel, panel + kPanelKeys};
-    if (!overlap(seen(block).by_some, cell)) return hide(block, panel);
+    if (!overlap(seen(block).by_some, cell) || hidden_by_bias(block, cell)) {
+      return hide(block, panel);
+    }
     Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
     multiply_scores(block, scores, panel);
     if (tile_.wants_ds) {  // (E27)
@@ -160,29 +179,62 @@ class TileBackward : TileScores<Isa, Element> {
           dp, memory_.dout + block.row_begin * dout_stride(), memory_.v + panel * memory_.D_v_steps,
           memory_.D_v_steps, Real(1));
     }
-    if (contains(seen(block).by_all, cell)) {
-      weigh_cell<kRows, false>(block, scores, dp, panel);
+    if (bias_.exists() || tile_.dropout.exists) {
+      for (int i = 0; i < kRows; ++i) {
+        Base::hide_scores(block.row_begin + i, scores + i * kPanelKeys, panel);
+      }
+      weigh_cell<kRows, Look::at_pairs>(block, scores, dp, panel);
+    } else if (contains(seen(block).by_all, cell)) {
+      weigh_cell<kRows, Look::at_nothing>(block, scores, dp, panel);
     } else {
-      weigh_cell<kRows, true>(block, scores, dp, panel);
+      weigh_cell<kRows, Look::at_ranges>(block, scores, dp, panel);
     }
   }
 
-  template <int kRows, bool kMasked>
+  template <int kRows>
+  bool hidden_by_bias(Block<kRows> block, KvRange cell) const {
+    const int32_t first = tile_.keys.begin;
+    return bias_.hides_all(rows_->bias + block.row_begin, block.rows,
+                           {first + cell.begin, first + smaller(cell.end, keys_)});
+  }
+
+  // What tells the hidden pairs of a cell: there are none; the rows' ranges; scores of -inf. Only
+  // in the last case there may be dropout.
+  enum class Look { at_nothing, at_ranges, at_pairs };
+
+  template <int kRows, Look kLook>
   void weigh_cell(Block<kRows> block, const Real* scores, const Real* dps, int panel) {
     for (int i = 0; i < kRows; i += kDepth) {
       for (int n = 0; n < kPanelKeys; n += kLanes) {
         Vec p[kDepth] = {}, ds[kDepth] = {};
         for (int r = 0; r < kDepth && i + r < kRows; ++r) {
           const int row = block.row_begin + i + r, at = (i + r) * kPanelKeys + n;
-          p[r] = states_.probability(row, Lanes::load(scores + at));
-          if (kMasked) p[r] = states_.if_visible(row, panel + n, p[r]);
+          const Vec score = Lanes::load(scores + at);
+          const auto shown = [&](Vec x) -> Vec {
+            if constexpr (kLook == Look::at_ranges) return states_.if_visible(row, panel + n, x);
+            if constexpr (kLook == Look::at_nothing) return x;
+            return score == Lanes::splat(-kInfinity<Real>) ? Vec{} : x;
+          };
+          const auto drop = [&](Vec x) -> Vec {
+            if constexpr (kLook != Look::at_pairs) return x;
+            return tile_.dropout.exists ? dropped(x, row, panel + n) : x;
+          };
+          const Vec probability = shown(states_.probability(row, score));
+          p[r] = drop(probability);
           if (!tile_.wants_ds) continue;
-          ds[r] = states_.score_gradient(row, p[r], Lanes::load(dps + at));
-          if (kMasked) ds[r] = states_.if_visible(row, panel + n, ds[r]);
+          ds[r] = shown(states_.score_gradient(row, probability, drop(Lanes::load(dps + at))));
         }
         store_cell(p, ds, block.row_begin + i, panel + n);
       }
     }
+  }
+
+  // (E46) x for the kLanes keys from `key` on: 0 where dropped, scaled where kept.
+  Vec dropped(Vec x, int row, int key) const {
+    // The padding of a block sees nothing: any bits do.
+    const uint16_t* random = memory_.random + smaller(row, rows_->rows - 1) * kTileKeys + key;
+    return kept<Lanes>(x, random, tile_.dropout.threshold) *
+           Lanes::splat(static_cast<Real>(tile_.dropout.keep_scale));
   }
 
   template <int kRows>
@@ -214,6 +266,7 @@ class TileBackward : TileScores<Isa, Element> {
       if (rows_->finite[row] & kFiniteDout) continue;
       const KvRange seen = states_.visible(row);
       for (int key = seen.begin; key < seen.end; ++key) {
+        if (is_hidden(row, key)) continue;
         add_row<Lanes>(dv_row(key), weight(memory_.p, row, key), dout_row(row), tile_.D_v);
       }
     }
@@ -226,6 +279,7 @@ class TileBackward : TileScores<Isa, Element> {
       if (rows_->finite[row] & kFiniteQ) continue;
       const KvRange seen = states_.visible(row);
       for (int key = seen.begin; key < seen.end; ++key) {
+        if (is_hidden(row, key)) continue;
         add_row<Lanes>(dk_row(key), weight(memory_.ds, row, key), q_row(row), tile_.D);
       }
     }
@@ -275,7 +329,7 @@ class TileBackward : TileScores<Isa, Element> {
       if (memory_.key_is_finite[key]) continue;
       for (int row = 0; row < rows_->rows; ++row) {
         const KvRange seen = states_.visible(row);
-        if (key < seen.begin || key >= seen.end) continue;
+        if (key < seen.begin || key >= seen.end || is_hidden(row, key)) continue;
         add_row<Lanes>(dq_row(row), weight(memory_.ds, row, key), key_row(key), tile_.D);
       }
     }

@@ -71,12 +71,9 @@ class FarRows : TileScores<Isa, Element> {
   }
 
   void absorb(int row, Real* s, int panel) {
-    for (int n = 0; n < kPanelKeys; n += kLanes) {
-      const Vec hidden = Lanes::splat(-kInfinity<Real>);
-      Lanes::store(states_.if_visible(row, panel + n, Lanes::load(s + n), hidden), s + n);
-    }
+    Base::hide_scores(row, s, panel);
     const Real top = largest<Lanes>(s, kPanelKeys);
-    const volatile Real tile_max = top * static_cast<Real>(Base::tile_.scale_log2);  // one rounding
+    const volatile Real tile_max = top * Base::bias_.factor();  // one rounding
     SoftmaxRow<Real>& softmax = static_cast<SoftmaxRow<Real>*>(rows_->softmax)[row];
     const Real alpha = softmax.raise(tile_max);  // (E6)
     Vec sum = {};

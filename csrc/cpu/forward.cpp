@@ -7,6 +7,7 @@
 #include <atomic>
 #include <thread>
 
+#include "cpu/bias_and_dropout.h"
 #include "cpu/instruction_set.h"
 #include "cpu/query_tile.h"
 #include "cpu/scratch.h"
@@ -150,6 +151,9 @@ QueryTile Forward::query_tile(int64_t task) const {
   tile.D_v = s.D_v;
   tile.sign = args_.scale.sign;
   tile.scale_log2 = args_.scale.log2;
+  tile.bias_type = args_.bias.type;
+  tile.bias_stride = args_.bias.stride_kv;
+  tile.dropout = dropout_state(args_.dropout);
   return tile;
 }
 
@@ -166,13 +170,15 @@ void Forward::set_row(QueryTile& tile, int row, int64_t b, int64_t h, int64_t q_
                   ((b * s.H + h) * s.S_q + q_idx) * (args_.dtype == DType::f64 ? 8 : 4);
   const auto q = static_cast<int32_t>(q_idx);
   tile.visible[row] = args_.mask.kv_range(q, q + 1);
+  tile.head[row] = static_cast<uint32_t>(b * s.H + h);
+  tile.q_idx[row] = static_cast<uint32_t>(q_idx);
+  if (args_.bias.exists()) tile.bias[row] = bias_row(args_.bias, args_.dtype, b, h, q_idx);
 }
 
 }  // namespace
 
 Status forward(const ForwardArgs& args, const Launch& launch) {
   if (args.shape.empty()) return kOk;
-  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   Forward forward(args);
   const auto work = [](int64_t, int64_t, void* context) { static_cast<Forward*>(context)->work(); };
   launch.parallel_for(forward.tasks(), 1, work, &forward);

@@ -7,10 +7,12 @@
 // block or tile: the order of its sums depends on D, the keys and QueryTile::in_place alone.
 #pragma once
 
-#include "cpu/exp2.h"
+#include "cpu/dropout_mask.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
+#include "cpu/score_bias.h"
+#include "cpu/weigh.h"
 
 namespace online_attention::cpu {
 
@@ -27,6 +29,8 @@ class TileForward {
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
       if (!tile.in_place) forward.pack_keys(keys);
       forward.pack_values(keys, keys);
+      forward.values_of_tile_finite_ =
+          tile.bias_type != BiasType::none && forward.values_finite(keys);
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
     forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.finish(block); });
@@ -64,6 +68,8 @@ class TileForward {
 
   TileForward(const QueryTile& tile, std::byte* scratch)
       : tile_(tile),
+        bias_(tile.bias_type, tile.bias_stride, tile.scale_log2),
+        factor_(bias_.factor()),
         D_steps_(steps_of<Operand>(tile.D)),
         out_stride_(whole_vectors(tile.D_v)),
         out_(reinterpret_cast<Real*>(scratch)),
@@ -102,12 +108,13 @@ class TileForward {
     }
   }
 
-  // The values of `wanted`, a part of the tile `keys`; zeros for keys that share a step with them.
-  void pack_values(KvRange wanted, KvRange keys) {
+  // The values of `wanted`, a part of the tile `keys`; zeros for keys that share a step with them,
+  // and for those that the bias of `row` hides if it is given.
+  void pack_values(KvRange wanted, KvRange keys, const void* bias_row = nullptr) {
     const int64_t D_v = tile_.D_v;
     const auto* v = static_cast<const Element*>(tile_.v);
     if constexpr (Operand::kDepth == 1 && sizeof(Element) == sizeof(Number)) {
-      if (D_v % kLanes == 0) {
+      if (D_v % kLanes == 0 && bias_row == nullptr) {
         v_ = v + keys.begin * tile_.v_stride;
         v_stride_ = tile_.v_stride;
         return;
@@ -120,7 +127,9 @@ class TileForward {
       const Element* rows[Operand::kDepth];
       for (int i = 0; i < Operand::kDepth; ++i) {
         const int32_t key = keys.begin + step * Operand::kDepth + i;
-        rows[i] = wanted.begin <= key && key < wanted.end ? v + key * tile_.v_stride : nullptr;
+        const bool seen = wanted.begin <= key && key < wanted.end &&
+                          (bias_row == nullptr || !bias_.hides(bias_row, key));
+        rows[i] = seen ? v + key * tile_.v_stride : nullptr;
       }
       pack_columns<Operand>(packed_v_ + step * v_stride_, rows, D_v);
     }
@@ -140,26 +149,32 @@ class TileForward {
   template <int kRows>
   void add(Block<kRows> block, KvRange keys) {
     const Visibility seen = visibility(block, keys);
-    if (seen.by_some.begin >= seen.by_some.end) return;
+    if (seen.by_some.begin >= seen.by_some.end ||
+        bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
+      return;
     Real scores[kRows * kTileKeys];
     Real alpha[kRows];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
-    if (!contains(seen.by_all, from_key(keys.begin, panels))) {
+    if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
       hide(block, scores, panels, keys.begin);
     }
     for (int i = 0; i < kRows; ++i) {
       SoftmaxRow<Real>& row = rows_[block.row_begin + i];
       Real* s = scores + i * kTileKeys;
       const Real top = largest<Lanes>(s + panels.begin, panels.size());
-      const Real tile_max = top * static_cast<Real>(tile_.scale_log2);
+      const Real tile_max = top * factor_;
       // (E6), where raise gives exactly 1 if the maximum stays.
       alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
-      const Real tile_sum = weigh(s, panels, top, row.base());  // (E7) scores become p
-      row.absorb(alpha[i], tile_sum);                           // (E8)
+      const Real tile_sum =
+          weigh<Isa, Lanes>(s + panels.begin, weights_of(s) + panels.begin, panels.size(), top,
+                            factor_, row.base());  // (E7) scores become p
+      row.absorb(alpha[i], tile_sum);              // (E8)
+      if (tile_.dropout.exists && i < block.rows) drop(s, panels, block.row_begin + i, keys.begin);
     }
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
-    if (contains(seen.by_all, touched) || values_finite(touched)) {
+    const bool all_visible = !bias_.exists() && contains(seen.by_all, touched);
+    if (all_visible || values_of_tile_finite_ || values_finite(touched)) {
       add_values_of<kRows>(out_row(block.row_begin), alpha, weights_of(scores), steps);
     } else {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
@@ -223,52 +238,33 @@ class TileForward {
     return {begin, key};
   }
 
-  // scores := -inf where a row does not see the key, or where a panel has none.
+  // The bias enters the scores; those that a row does not see, or where a panel has no key, become
+  // -inf.
   template <int kRows>
   void hide(Block<kRows> block, Real* scores, KvRange panels, int32_t first_key) const {
-    using Integer = typename Lanes::Integer;
     for (int i = 0; i < kRows; ++i) {
       // The padding takes the last row's mask.
-      const KvRange visible = tile_.visible[block.row_begin + smaller(i, block.rows - 1)];
-      const auto begin = Lanes::splat_bits(static_cast<Integer>(visible.begin));
-      const auto end = Lanes::splat_bits(static_cast<Integer>(visible.end));
-      auto key = Lanes::iota() + Lanes::splat_bits(static_cast<Integer>(first_key + panels.begin));
-      Real* s = scores + i * kTileKeys;
-      for (int32_t n = panels.begin; n < panels.end; n += kLanes) {
-        const auto hidden = (key < begin) | (key >= end);
-        Lanes::store(hidden ? Lanes::splat(-kInfinity<Real>) : Lanes::load(s + n), s + n);
-        key += Lanes::splat_bits(kLanes);
-      }
+      const int row = block.row_begin + smaller(i, block.rows - 1);
+      bias_.apply(scores + i * kTileKeys + panels.begin, panels.size(), bias_row(row),
+                  first_key + panels.begin, tile_.visible[row]);
     }
   }
 
-  // Scores s become weights p = 2^(s * scale_log2 - base), in the same place; returns their sum.
-  Real weigh(Real* s, KvRange panels, Real top, Real base) const {
-    const auto factor = static_cast<Real>(tile_.scale_log2);
-    const bool huge = std::fabs(base) > 1 / std::numeric_limits<Real>::epsilon();
-    // Counted from the largest score, large weights come of small products: small roundings. And
-    // base is a rounded product: where that could be off by 1, `top` must be rounded alike.
-    if ((Isa::kRoundsProducts || huge) && top != -kInfinity<Real>) {
-      const volatile Real rounded = top * factor;  // never fused with the subtraction
-      const Real offset = huge ? rounded - base : static_cast<Real>(std::fma(top, factor, -base));
-      return weigh_each(s, panels, [=](Vec score) {
-        return (score - Lanes::splat(top)) * Lanes::splat(factor) + Lanes::splat(offset);
-      });
-    }
-    return weigh_each(s, panels,
-                      [=](Vec score) { return score * Lanes::splat(factor) - Lanes::splat(base); });
-  }
+  const void* bias_row(int row) const { return bias_.exists() ? tile_.bias[row] : nullptr; }
 
-  template <class Exponent>
-  static Real weigh_each(Real* s, KvRange panels, Exponent exponent) {
+  // Weights of one row become 0 where they are dropped; the sum has taken them in. (E45)
+  void drop(Real* s, KvRange panels, int row, int32_t first_key) const {
+    using Random = DropoutBits<Isa>;
+    static_assert(kTileKeys % Random::kGroupKeys == 0);
+    uint16_t bits[kTileKeys];
+    const int begin = panels.begin / Random::kGroupKeys * Random::kGroupKeys;
+    Random::generate(tile_.dropout, tile_.head[row], tile_.q_idx[row], first_key + begin,
+                     (panels.end - begin + Random::kGroupKeys - 1) / Random::kGroupKeys,
+                     bits + begin);
     Weight* p = weights_of(s);
-    Vec sum = {};
     for (int n = panels.begin; n < panels.end; n += kLanes) {
-      const Vec weights = exp2_of_lanes<Lanes, Real>(exponent(Lanes::load(s + n)));
-      Lanes::store(weights, p + n);
-      sum += weights;
+      Lanes::store(kept<Lanes>(Lanes::load(p + n), bits + n, tile_.dropout.threshold), p + n);
     }
-    return Lanes::sum_of_lanes(sum);
   }
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
@@ -290,7 +286,7 @@ class TileForward {
       const int row = block.row_begin + i;
       const KvRange seen = row_keys(row, keys);
       if (seen.begin >= seen.end) continue;
-      pack_values(seen, keys);
+      pack_values(seen, keys, bias_row(row));
       add_values_of<1>(out_row(row), alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys));
     }
     pack_values(keys, keys);
@@ -307,7 +303,8 @@ class TileForward {
   template <int kRows>
   void finish(Block<kRows> block) const {
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
-      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum());  // (E9)
+      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() *
+                                           static_cast<Real>(tile_.dropout.keep_scale));  // (E9)
       const Real* from = out_row(row);
       Element* to = static_cast<Element*>(tile_.out[row]);
       int64_t d = 0;
@@ -338,6 +335,8 @@ class TileForward {
   }
 
   const QueryTile& tile_;
+  const ScoreBias<Isa, Element> bias_;
+  const Real factor_;  // brings scores to base-2 units
   const int64_t D_steps_;
   const int64_t out_stride_;
   Real* const out_;            // [rows][out_stride_], unnormalised
@@ -346,6 +345,7 @@ class TileForward {
   Number* const packed_v_;     // [steps of a tile][out_stride_]
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
+  bool values_of_tile_finite_ = false;  // known where there is a bias
   SoftmaxRow<Real> rows_[QueryTile::kMaxRows + kBlockRows];
 };
 

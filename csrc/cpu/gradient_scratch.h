@@ -42,6 +42,7 @@ struct GradientScratch {
     dq = take<Real>(memory, kTileRows * D_stride);
     dk = take<Real>(memory, kTileKeys * D_stride);
     dv = take<Real>(memory, kTileKeys * D_v_stride);
+    random = take<uint16_t>(memory, kTileRows * kTileKeys);
   }
 
   static int64_t whole_vectors(int64_t numbers) { return (numbers + kLanes - 1) / kLanes * kLanes; }
@@ -63,6 +64,7 @@ struct GradientScratch {
   Real* dq;              // [rows][D_stride], of this key tile
   Real* dk;              // [keys][D_stride]
   Real* dv;              // [keys][D_v_stride]
+  uint16_t* random;      // [rows][kTileKeys], what decides of dropout
   int64_t bytes = 0;
 
  private:

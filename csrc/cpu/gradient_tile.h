@@ -23,6 +23,10 @@ struct KeyTile {
   bool wants_dq = false;
   bool wants_ds = false;  // for dq or dk
   bool in_place = false;  // QueryTile::multiplied_in_place
+
+  BiasType bias_type = BiasType::none;
+  int64_t bias_stride = 0;  // elements between two keys
+  DropoutState dropout;
 };
 
 // Query rows, of one head or of several that share a kv head. What has one number a row lies side
@@ -42,6 +46,9 @@ struct QueryRows {
   void* delta = nullptr;       // [rows]
   void* softmax = nullptr;     // [rows], SoftmaxRow of the type computed in
   uint8_t* finite = nullptr;   // [rows], of kFiniteQ and kFiniteDout: what holds no NaN or Inf
+
+  const void* bias[kMaxRows];  // [rows][S_kv], of all keys; not set where there is none
+  uint32_t head[kMaxRows], q_idx[kMaxRows];  // of the rows; a head of the B * H
 };
 inline constexpr uint8_t kFiniteQ = 1, kFiniteDout = 2;
 

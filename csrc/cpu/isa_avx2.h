@@ -18,6 +18,13 @@ struct Isa {
   template <class Element>
   using Operand = Widened<Isa, Element>;
 
+  using Wide = VectorOf<uint64_t, kVectorBytes>::type;
+
+  // The products of the lower 32 bits of each 64-bit lane.
+  static Wide multiply_words(Wide a, Wide b) {
+    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+  }
+
   static __m256 load(const F16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
   }

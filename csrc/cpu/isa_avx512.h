@@ -18,6 +18,13 @@ struct Isa {
   template <class Element>
   using Operand = Widened<Isa, Element>;
 
+  using Wide = VectorOf<uint64_t, kVectorBytes>::type;
+
+  // The products of the lower 32 bits of each 64-bit lane.
+  static Wide multiply_words(Wide a, Wide b) {
+    return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
+  }
+
   // The masked forms, because g++ 12 warns of its own undefined operand in the plain ones.
   static constexpr __mmask16 kAll = 0xffff;
 

@@ -20,6 +20,13 @@ struct Isa {
   static constexpr bool kRoundsProducts = false;
   template <class Element>
   using Operand = Pairs;
+
+  using Wide = VectorOf<uint64_t, kVectorBytes>::type;
+
+  // The products of the lower 32 bits of each 64-bit lane.
+  static Wide multiply_words(Wide a, Wide b) {
+    return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
+  }
 };
 
 // Two neighbouring elements of a row, or of a column, side by side in 32 bits.

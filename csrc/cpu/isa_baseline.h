@@ -19,6 +19,10 @@ struct Isa {
 
   typedef float Floats __attribute__((vector_size(16)));
   typedef uint32_t Words __attribute__((vector_size(16)));
+  typedef uint64_t Wide __attribute__((vector_size(16)));
+
+  // The products of the lower 32 bits of each 64-bit lane.
+  static Wide multiply_words(Wide a, Wide b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 
   static Words widen(const uint16_t* from) { return Words{from[0], from[1], from[2], from[3]}; }
   static void narrow(Words words, uint16_t* to) {

@@ -27,6 +27,15 @@ extern template double max_of<double>(double, double);
 
 namespace online_attention::cpu {
 
+// What a kernel has to know of Dropout: the state itself, not where it lies.
+struct DropoutState {
+  bool exists = false;
+  uint64_t key = 0;
+  uint32_t last_word = 0;  // of the counter
+  int32_t threshold = 0;
+  double keep_scale = 1;
+};
+
 // One task: query rows, of one head or of several that share a kv head, against their keys.
 struct QueryTile {
   static constexpr int kMaxRows = 192;
@@ -52,6 +61,12 @@ struct QueryTile {
   int64_t k_stride = 0, v_stride = 0;  // elements between two keys
   int64_t D = 0, D_v = 0;
   double sign = 1, scale_log2 = 1;  // of ScoreScale
+
+  BiasType bias_type = BiasType::none;
+  int64_t bias_stride = 0;     // elements between two keys
+  const void* bias[kMaxRows];  // [rows][S_kv]; not set where there is none
+  DropoutState dropout;
+  uint32_t head[kMaxRows], q_idx[kMaxRows];  // of the rows; a head of the B * H
 };
 
 struct TileKernel {

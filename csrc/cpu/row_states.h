@@ -21,7 +21,8 @@ class RowStates {
   using Vec = typename Lanes::Vec;
   using Bits = typename Lanes::Bits;
 
-  explicit RowStates(double scale_log2) : factor_(static_cast<Real>(scale_log2)) {}
+  // `factor` brings scores to base-2 units.
+  explicit RowStates(Real factor) : factor_(factor) {}
 
   // Row `row` of the set; `keys` are those of the tile.
   void set(int row, const QueryRows& rows, KvRange keys) {
@@ -79,13 +80,13 @@ class RowStates {
   // (E29)
   Vec score_gradient(int row, Vec p, Vec dp) const { return p * (dp - Lanes::splat(delta_[row])); }
 
-  // x where the row sees the kLanes keys from `key` on, `other` where it does not.
-  Vec if_visible(int row, int key, Vec x, Vec other = Vec{}) const {
+  // x where the row's range has the kLanes keys from `key` on, 0 where it has not.
+  Vec if_visible(int row, int key, Vec x) const {
     using Integer = typename Lanes::Integer;
     const Bits keys = Lanes::iota() + Lanes::splat_bits(static_cast<Integer>(key));
     const auto hidden = (keys < Lanes::splat_bits(static_cast<Integer>(visible_[row].begin))) |
                         (keys >= Lanes::splat_bits(static_cast<Integer>(visible_[row].end)));
-    return hidden ? other : x;
+    return hidden ? Vec{} : x;
   }
 
  private:

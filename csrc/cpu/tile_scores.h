@@ -7,6 +7,7 @@
 #include "cpu/gradient_scratch.h"
 #include "cpu/row_block.h"
 #include "cpu/row_states.h"
+#include "cpu/score_bias.h"
 
 namespace online_attention::cpu {
 
@@ -39,7 +40,8 @@ class TileScores {
       : tile_(tile),
         keys_(tile.keys.end - tile.keys.begin),
         memory_(tile.D, tile.D_v, scratch),
-        states_(tile.scale_log2) {}
+        bias_(tile.bias_type, tile.bias_stride, tile.scale_log2),
+        states_(bias_.factor()) {}
 
   template <class Visit>
   void for_each_block(Visit visit) const {
@@ -103,6 +105,24 @@ class TileScores {
     }
   }
 
+  // The bias enters the scores of one row and panel; those of hidden pairs become -inf.
+  void hide_scores(int row, Real* scores, int panel) const {
+    const KvRange seen = states_.visible(row);
+    const int32_t first = tile_.keys.begin;
+    bias_.apply(scores, kPanelKeys, bias_row(row), first + panel,
+                {first + seen.begin, first + seen.end});
+  }
+
+  // Whether the bias hides one key.
+  bool is_hidden(int row, int key) const {
+    return bias_.exists() && bias_.hides(rows_->bias[row], tile_.keys.begin + key);
+  }
+
+  // nullptr without a bias, and for the padding of a block.
+  const void* bias_row(int row) const {
+    return bias_.exists() && row < rows_->rows ? rows_->bias[row] : nullptr;
+  }
+
   const Element* key_row(int key) const {
     return static_cast<const Element*>(tile_.k) + key * tile_.k_stride;
   }
@@ -122,6 +142,7 @@ class TileScores {
   const int32_t keys_;
   const QueryRows* rows_ = nullptr;
   const Memory memory_;
+  const ScoreBias<Isa, Element> bias_;
   RowStates<Isa, Element> states_;
   Visibility seen_[kTileRows / kBlockRows];
 };

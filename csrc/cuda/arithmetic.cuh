@@ -27,4 +27,15 @@ __device__ __forceinline__ float min_or_nan(float a, float b) {
 #endif
 }
 
+// The larger of a and a number b; NaN if a is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));  // PTX 7.0, sm_80
+  return larger;
+#else
+  return a < b ? b : a;
+#endif
+}
+
 }  // namespace online_attention::cuda

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kShapes[kIndex].threads(), kShapes[kIndex].blo
   constexpr ForwardConfig kConfig = kShapes[kIndex];
   const uint32_t address = ptx::shared_address(smem);
   WarpTile<Element, kConfig> warp;
-  attend<Element, kConfig>(call, address, warp);
+  attend<false>(call, address, warp);
   const BlockContext<Element, kConfig> block(call, ptx::block_index(), address);
   warp.normalise();
   store_rows(warp, block, call.aligned);

@@ -3,19 +3,28 @@
 
 from importlib.metadata import version as _version
 
-from . import reference
+from . import compat, nn, reference
+from .flash_registry import register
 from .merge import merge
 from .ops import attention
+from .routing import FallbackWarning, disable, enable, enabled
 from .sdpa import scaled_dot_product_attention
 from .support import explain, supported
 
 __version__ = _version("online-attention")
 
 __all__ = [
+    "FallbackWarning",
     "attention",
+    "compat",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "merge",
+    "nn",
     "reference",
+    "register",
     "scaled_dot_product_attention",
     "supported",
 ]

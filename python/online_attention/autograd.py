@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The derivatives of attention, as torch's autograd and torch.func ask for them.
-
-Reverse mode runs the operator `backward`. What differentiates once more, and forward mode, runs
-composed in torch operations (`second_order`). A third derivative is refused.
-"""
+"""Attention as torch's autograd and torch.func see it; its derivatives are in `derivatives`."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +11,7 @@ from torch._compile import _disable_dynamo  # torch.compiler's imports Dynamo at
 from torch.autograd import Function, forward_ad
 
 from . import operators
-from .operators import folded, unfolded
-from .second_order import Settings, Tangent, second_order, tangents
+from .derivatives import apply, first_order, forward_mode, mapped_rule, transforms_are_on
 
 Optional = Tensor | None
 
@@ -25,19 +20,12 @@ def is_active(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a derivative of the result may be asked for."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return True
-    return forward_ad._current_level >= 0 or _transforms_are_on()
+    return forward_ad._current_level >= 0 or transforms_are_on()
 
 
-def _transforms_are_on() -> bool:
-    """Whether a transform of torch.func is on.
-
-    Which of its levels a tensor belongs to is seen by Functions alone, not by `requires_grad`.
-    """
-    return torch._C._are_functorch_transforms_active()
-
-
-# As torch.compiler.assume_constant_result does, which would import Dynamo: seconds.
-_transforms_are_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def needs_gradient(bias: Optional) -> bool:
+    """Whether the gradient of a bias may be asked for."""
+    return bias is not None and bias.requires_grad and torch.is_grad_enabled()
 
 
 def attention(
@@ -49,11 +37,15 @@ def attention(
     left: int,
     right: int,
     deterministic: bool | None,
+    *modifiers: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The operator `forward`, differentiable; `deterministic` None follows torch's mode."""
-    arguments = (q, k, v, scale, alignment, left, right, deterministic)
+    """The operator `forward`, differentiable; `deterministic` None follows torch's mode.
+
+    The modifiers are all of bias, rng and dropout_p, or none.
+    """
+    settings = (scale, alignment, left, right)
     result: tuple[Tensor, Tensor]
-    if forward_ad._current_level >= 0 or _transforms_are_on():
+    if forward_ad._current_level >= 0 or transforms_are_on():
         if torch.compiler.is_dynamo_compiling():
             # Without fullgraph=True torch.compile runs the call eagerly instead.
             raise NotImplementedError(
@@ -62,13 +54,18 @@ def attention(
             )
         if torch.compiler.is_exporting() and _is_only_mapped():
             # An exported graph holds operators, which have a rule of their own.
-            result = operators.forward(*arguments[:-1], deterministic is True)
+            result = operators.forward(q, k, v, *settings, deterministic is True, *modifiers)
         else:
-            result = _apply(_TransformedAttention, *arguments)
+            bias, rng, dropout_p = modifiers or (None, None, 0.0)
+            result = apply(
+                _TransformedAttention, q, k, v, bias, rng, *settings, dropout_p, deterministic
+            )
     elif torch.compiler.is_dynamo_compiling():
-        result = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+        result = _Attention.apply(  # type: ignore[no-untyped-call]
+            q, k, v, *settings, deterministic, *modifiers
+        )
     else:
-        result = _apply_eagerly(*arguments)
+        result = _apply_eagerly(q, k, v, *settings, deterministic, *modifiers)
     return result
 
 
@@ -76,53 +73,6 @@ def _is_only_mapped() -> bool:
     vmap = torch._C._functorch.TransformType.Vmap
     levels = torch._C._functorch.get_interpreter_stack() or []
     return forward_ad._current_level < 0 and all(level.key() == vmap for level in levels)
-
-
-@_disable_dynamo  # Dynamo would lose the levels of the tensors
-def _apply(function: Any, *arguments: Any) -> Any:
-    """`Function.apply`, which has no types."""
-    return function.apply(*arguments)
-
-
-def _first_order(
-    dout: Optional,
-    dlse: Optional,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    settings: Settings,
-    deterministic: bool | None,
-    needs: tuple[bool, ...],
-) -> tuple[Optional, ...]:
-    """dq, dk and dv, each if it is needed; differentiable where that may be asked for."""
-    if (dout is None and dlse is None) or not any(needs):
-        return None, None, None
-    dout = _or_zeros(dout, out)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    arguments = (dout, dlse, q, k, v, out, lse, *settings, deterministic, *needs)
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_are_on():
-        result: tuple[Optional, ...] = _apply(_Backward, *arguments)
-        return result
-    return _asked(operators.backward(*arguments), needs)
-
-
-def _or_zeros(dout: Optional, out: Tensor) -> Tensor:
-    """The gradient of out; where there is none, zeros that take the memory of one row."""
-    return out.new_zeros(out.shape[3:]).expand(out.shape) if dout is None else dout
-
-
-def _sum(a: Optional, b: Optional) -> Optional:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-def _asked(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Optional, ...]:
-    dq, dk, dv = gradients
-    return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None
 
 
 class _Attention(Function):
@@ -139,43 +89,37 @@ class _Attention(Function):
         left: int,
         right: int,
         deterministic: bool | None,
+        *modifiers: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = operators.forward(q, k, v, scale, alignment, left, right, deterministic is True)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = scale, alignment, left, right
+        out, lse = operators.forward(
+            q, k, v, scale, alignment, left, right, deterministic is True, *modifiers
+        )
+        ctx.save_for_backward(q, k, v, out, lse, *modifiers[:2])
+        ctx.settings = scale, alignment, left, right, *modifiers[2:]
         ctx.deterministic = deterministic
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        dq, dk, dv = _first_order(
-            dout, dlse, q, k, v, out, lse, ctx.settings, ctx.deterministic, needs
+        if len(ctx.settings) == 4:
+            q, k, v, out, lse = ctx.saved_tensors
+            inputs, settings = (q, k, v, None, None), (*ctx.settings, 0.0)
+            needs = (*ctx.needs_input_grad[:3], False)
+        else:
+            q, k, v, out, lse, bias, rng = ctx.saved_tensors
+            inputs, settings = (q, k, v, bias, rng), ctx.settings
+            needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[8])
+        dq, dk, dv, dbias = first_order(
+            dout, dlse, inputs, (out, lse), settings, ctx.deterministic, needs
         )
-        return dq, dk, dv, None, None, None, None, None
+        gradients = dq, dk, dv, None, None, None, None, None
+        return gradients if len(ctx.settings) == 4 else (*gradients, dbias, None, None)
 
 
 # What `Function.apply` calls where no transform is on. The rest of it, Python code for tensors of
 # torch.func, would be a fifth of the host time of a call.
 _apply_eagerly: Any = super(Function, _Attention).apply
-
-
-@_disable_dynamo
-def _mapped(
-    function: type[Function], info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
-) -> tuple[tuple[Optional, ...], tuple[int | None, ...]]:
-    """The rule of torch.vmap: the mapped dimension becomes a part of the batch."""
-    operands = (
-        folded(x, dim, info.batch_size) if isinstance(x, Tensor) else x
-        for x, dim in zip(arguments, in_dims, strict=True)
-    )
-    results = _apply(function, *operands)
-    return (
-        tuple(None if x is None else unfolded(x, info.batch_size) for x in results),
-        tuple(None if x is None else 0 for x in results),
-    )
 
 
 class _TransformedAttention(Function):
@@ -187,157 +131,38 @@ class _TransformedAttention(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        *operands, deterministic = arguments
-        result: tuple[Tensor, Tensor] = operators.forward(*operands, deterministic is True)
+        q, k, v, bias, rng, *settings, dropout_p, deterministic = arguments
+        result: tuple[Tensor, Tensor] = operators.forward(
+            q, k, v, *settings, deterministic is True, bias, rng, dropout_p
+        )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, *settings, deterministic = inputs
-        ctx.save_for_backward(q, k, v, *output)
-        ctx.save_for_forward(q, k, v, *output)
-        ctx.settings = tuple(settings)
-        ctx.deterministic = deterministic
+        ctx.save_for_backward(*inputs[:5], *output)
+        ctx.save_for_forward(*inputs[:5], *output)
+        ctx.settings, ctx.deterministic = inputs[5:10], inputs[10]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_disable_dynamo
     def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
-        return _Attention.backward(ctx, dout, dlse)
+        *inputs, out, lse = ctx.saved_tensors
+        gradients = first_order(
+            dout,
+            dlse,
+            tuple(inputs),
+            (out, lse),
+            ctx.settings,
+            ctx.deterministic,
+            ctx.needs_input_grad[:4],
+        )
+        return *gradients, *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, *moved: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, out, lse = ctx.saved_tensors
-        result: tuple[Tensor, Tensor] = _apply(
-            _Tangents, q, k, v, out, lse, *moved[:3], *ctx.settings, ctx.deterministic
-        )
-        return result
+        return forward_mode(*ctx.saved_tensors, *moved[:4], *ctx.settings, ctx.deterministic)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _mapped(_TransformedAttention, info, in_dims, arguments)
-
-
-class _Backward(Function):
-    """The gradients of attention where they are differentiated themselves.
-
-    `out` and `lse` count as functions of q, k and v: all derivatives flow through these.
-    """
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Optional, ...]:
-        return _asked(operators.backward(*arguments), arguments[-3:])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Optional, ...]) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.save_for_forward(*inputs[:7])
-        ctx.settings = inputs[7:11]
-        ctx.others = inputs[11:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @_disable_dynamo
-    def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
-        if all(x is None for x in cotangents):
-            return (None,) * 15
-        dout, dlse, q, k, v, _, _ = ctx.saved_tensors
-        gq, gk, gv, gdout, gdlse = _apply(
-            _SecondOrder, dout, dlse, q, k, v, *cotangents, *ctx.settings
-        )
-        return gdout, None if dlse is None else gdlse, gq, gk, gv, *(None,) * 10
-
-    @staticmethod
-    def jvp(ctx: Any, *moved: Any) -> tuple[Optional, ...]:
-        dout, dlse, q, k, v, out, lse = ctx.saved_tensors
-        # The Hessian is symmetric: forward mode over the gradient is reverse mode over it.
-        second: tuple[Optional, ...] = (None, None, None)
-        if any(x is not None for x in moved[2:5]):
-            second = _apply(_SecondOrder, dout, dlse, q, k, v, *moved[2:5], *ctx.settings)
-        deterministic, *needs = ctx.others
-        first = _first_order(
-            moved[0], moved[1], q, k, v, out, lse, ctx.settings, deterministic, tuple(needs)
-        )
-        pairs = zip(second[:3], first, needs, strict=True)
-        return tuple(_sum(a, b) if needed else None for a, b, needed in pairs)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _mapped(_Backward, info, in_dims, arguments)
-
-
-class _Tangents(Function):
-    """Forward mode: (q, k, v, out, lse, tangents of q, k and v, ...) to tangents of out and lse."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, _, _, *moved = arguments[:8]
-        return tangents(q, k, v, Tangent(*moved), Settings(*arguments[8:12]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:8])
-        ctx.settings = inputs[8:12]
-        ctx.deterministic = inputs[12]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @_disable_dynamo
-    def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
-        """<dout, out'> + <dlse, lse'> is what reverse mode differentiates: (E37)-(E39) again."""
-        if dout is None and dlse is None:
-            return (None,) * 13
-        q, k, v, out, lse, *moved = ctx.saved_tensors
-        dout = _or_zeros(dout, out)
-        gq, gk, gv, _, _ = _apply(_SecondOrder, dout, dlse, q, k, v, *moved, *ctx.settings)
-        asked = tuple(ctx.needs_input_grad[5:8])
-        of_moved = _first_order(
-            dout, dlse, q, k, v, out, lse, ctx.settings, ctx.deterministic, asked
-        )
-        return gq, gk, gv, None, None, *of_moved, *(None,) * 5
-
-    @staticmethod
-    def jvp(ctx: Any, *moved: Any) -> NoReturn:
-        raise NotImplementedError(
-            "forward mode over forward mode is not built for attention: use reverse mode for one "
-            "of the two derivatives, as torch.func.hessian does."
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _mapped(_Tangents, info, in_dims, arguments)
-
-
-class _SecondOrder(Function):
-    """The gradients of (E37)-(E39), which end here."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        dout, dlse, q, k, v = arguments[:5]
-        tangent, settings = Tangent(*arguments[5:8]), Settings(*arguments[8:])
-        return second_order(dout, dlse, q, k, v, tangent, settings)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    @_disable_dynamo
-    def backward(ctx: Any, *cotangents: Optional) -> NoReturn:
-        refuse_third()
-
-    @staticmethod
-    def jvp(ctx: Any, *moved: Any) -> NoReturn:
-        refuse_third()
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _mapped(_SecondOrder, info, in_dims, arguments)
-
-
-def refuse_third() -> NoReturn:
-    """Say where derivatives end."""
-    raise NotImplementedError(
-        "the third derivative of attention is not built: out and lse can be differentiated twice "
-        "with respect to q, k and v."
-    )
+        return mapped_rule(_TransformedAttention, info, in_dims, arguments, bias_at=3)

@@ -20,45 +20,48 @@ DEVICES = frozenset({"cpu", "cuda"} if _C.built_with_cuda() else {"cpu"})
 LENGTH_MAX = 2**31 - 1024  # kMaxLength of csrc/core/problem.h
 HEADS_MAX = 2**31 - 1
 
-Names = tuple[str, str, str]
-NAMES: Names = ("q", "k", "v")
+Names = tuple[str, ...]
+NAMES: Names = ("q", "k", "v", "bias")
 _SHAPES = ("(B, H, S_q, D)", "(B, H_kv, S_kv, D)", "(B, H_kv, S_kv, D_v)")
 
 
-def fault_of_call(names: Names, q: object, k: object, v: object, scale: object) -> Exception | None:
+def fault_of_call(names: Names, *call: object) -> Exception | None:
     """What `check_call` would raise."""
     try:
-        check_call(names, q, k, v, scale)
+        check_call(names, *call)
     except (TypeError, ValueError, NotImplementedError) as error:
         return error
     return None
 
 
-def check_call(names: Names, q: Any, k: Any, v: Any, scale: object) -> None:
+def check_call(
+    names: Names,
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: object,
+    bias: Any = None,
+    dropout_p: object = 0.0,
+) -> None:
     """Refuse whatever the operator refuses."""
     tensors = (q, k, v)
-    check_tensors(names, *tensors)
-    check_shapes(names, *tensors)
-    check_limits(names, *tensors)
+    check_tensors(names[:3], *tensors)
+    check_shapes(names[:3], *tensors)
+    check_limits(names[:3], *tensors)
     if scale is not None:
         check_scale(scale)
+    if bias is not None:
+        check_bias(names, q, k, bias)
+    check_dropout(dropout_p)
 
 
 def check_tensors(names: Names, *tensors: Any) -> None:
     """Refuse what is no tensor, and layouts, dtypes and devices not taken or not equal."""
     for name, value in zip(names, tensors, strict=True):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a torch.Tensor, but is {_kind(value)}: "
-                "convert it with torch.as_tensor()."
-            )
+        check_is_tensor(name, value)
     first_name, first = names[0], tensors[0]
     for name, tensor in zip(names, tensors, strict=True):
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            kind = "it is nested" if tensor.is_nested else f"its layout is {tensor.layout}"
-            raise TypeError(
-                f"{name} must be a dense tensor, but {kind}: call .to_dense() or pad it first."
-            )
+        check_is_dense(name, tensor)
         if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, but is "
@@ -80,11 +83,59 @@ def check_tensors(names: Names, *tensors: Any) -> None:
                 f"{name} must be on a device of type {' or '.join(sorted(DEVICES))}, but is on "
                 f"{tensor.device}: move it with .to()."
             )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name} must be on the device of {first_name}, {first.device}, but is on "
-                f"{tensor.device}: move it with .to({first_name}.device)."
-            )
+        check_device(name, tensor, first_name, first)
+
+
+def check_is_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, but is {_kind(value)}: "
+            "convert it with torch.as_tensor()."
+        )
+
+
+def check_is_dense(name: str, tensor: Tensor) -> None:
+    """Refuse sparse and nested tensors."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "it is nested" if tensor.is_nested else f"its layout is {tensor.layout}"
+        raise TypeError(
+            f"{name} must be a dense tensor, but {kind}: call .to_dense() or pad it first."
+        )
+
+
+def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    """Refuse a tensor that is not where the first one is."""
+    if tensor.device != first.device:
+        raise ValueError(
+            f"{name} must be on the device of {first_name}, {first.device}, but is on "
+            f"{tensor.device}: move it with .to({first_name}.device)."
+        )
+
+
+def check_bias(names: Names, q: Tensor, k: Tensor, bias: Any) -> None:
+    """Refuse a bias that does not fit the scores of q (B, H, S_q, D) and k (B, H_kv, S_kv, D)."""
+    name = names[3]
+    check_is_tensor(name, bias)
+    check_is_dense(name, bias)
+    if bias.dtype not in (torch.bool, torch.float32, q.dtype):
+        own = "" if q.dtype == torch.float32 else f"of the dtype of {names[0]}, {_dtype(q)}, or "
+        raise TypeError(
+            f"{name} must be boolean, {own}float32, but is {_dtype(bias)}: convert it with "
+            f".bool() or .to({names[0]}.dtype)."
+        )
+    check_device(name, bias, names[0], q)
+    check_broadcasts(name, bias, (*q.shape[:3], k.shape[2]), "(B, H, S_q, S_kv)")
+
+
+def check_broadcasts(name: str, tensor: Tensor, shape: tuple[int, ...], symbols: str) -> None:
+    """Refuse a tensor that does not broadcast to the shape."""
+    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.dim() > len(shape) or any(own not in (1, size) for own, size in sizes):
+        raise ValueError(
+            f"{name} must be broadcastable to {symbols} = {tuple(shape)}, but its shape is "
+            f"{tuple(tensor.shape)}: make each size 1 or equal, counted from the last."
+        )
 
 
 def check_shapes(names: Names, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -177,10 +228,25 @@ def check_scale(scale: object) -> float:
     return value
 
 
+def check_dropout(dropout_p: object) -> float:
+    """The probability as a float, if it is one and below 1."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
+        raise TypeError(
+            f"dropout_p must be a number, but is {_kind(dropout_p)}: pass a Python float."
+        )
+    value = float(dropout_p)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"dropout_p must be at least 0 and below 1, but is {value}: pass the probability of "
+            "dropping, 0 for none."
+        )
+    return value
+
+
 def check_unbuilt(**keywords: object) -> None:
     """Refuse keywords that ask for something this version does not compute, by name."""
     for name, value in keywords.items():
-        if name in ("softcap", "dropout_p"):
+        if name == "softcap":
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, but is {_kind(value)}.")
             if value == 0:

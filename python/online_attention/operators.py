@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +44,11 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("online_attention::forward")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    checks.check_tensors(checks.NAMES, q, k, v)
-    checks.check_shapes(checks.NAMES, q, k, v)
+    checks.check_tensors(checks.NAMES[:3], q, k, v)
+    checks.check_shapes(checks.NAMES[:3], q, k, v)
+    bias = _at(settings, 5)
+    if bias is not None:
+        checks.check_bias(checks.NAMES, q, k, bias)
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     return empty_in_order_of(q, v.shape[3]), lse
 
@@ -53,11 +57,16 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tens
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    asked = others[-3:]
+    asked = others[7:10]
     return tuple(
         empty_in_order_of(x, x.shape[3]) if needed else x.new_empty(0)
         for x, needed in zip((q, k, v), asked, strict=True)
     )
+
+
+def _at(arguments: Sequence[Any], index: int) -> Any:
+    """An argument that the dispatcher leaves out where it has its default, None."""
+    return arguments[index] if index < len(arguments) else None
 
 
 def folded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -72,28 +81,67 @@ def unfolded(tensor: Tensor, size: int) -> Tensor:
     return tensor.view(size, tensor.shape[0] // size, *tensor.shape[1:])
 
 
+def mapped(
+    call: Callable[..., Sequence[Tensor | None]],
+    size: int,
+    in_dims: Sequence[int | None],
+    arguments: Sequence[Any],
+    bias_at: int,
+    apart: bool = False,
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """The rule of `torch.vmap`: the mapped dimension becomes a part of the batch.
+
+    Samples run one after the other, each on its own, if they are to be kept `apart`; with dropout,
+    which would drop other pairs in a larger batch; and with a bias that would have to be copied.
+    The first argument is a tensor with the batch; bias and rng are the ones at `bias_at`.
+    """
+    bias, bias_dim = _at(arguments, bias_at), _at(in_dims, bias_at)
+    dims = list(in_dims[: len(arguments)])
+    batch = arguments[0].shape[1 if dims[0] == 0 else 0]
+    if apart or _at(arguments, bias_at + 1) is not None or not _folds(bias, bias_dim, batch):
+        results = _one_by_one(call, size, dims, arguments)
+    else:
+        operands = [
+            folded(x, dim, size) if isinstance(x, Tensor) else x
+            for x, dim in zip(arguments, dims, strict=True)
+        ]
+        if bias is not None and bias_dim is None:
+            operands[bias_at] = bias
+        results = tuple(None if x is None else unfolded(x, size) for x in call(*operands))
+    return results, tuple(None if x is None else 0 for x in results)
+
+
+def _folds(bias: Tensor | None, dim: int | None, batch: int) -> bool:
+    """Whether a bias of one sample, of `batch` elements, is one of all samples, where it lies."""
+    if bias is None:
+        return True
+    if dim is None:
+        return bias.shape[0] == 1
+    size, own, *_ = bias.movedim(dim, 0).shape
+    stride, own_stride, *_ = bias.movedim(dim, 0).stride()
+    return own == batch and (own == 1 or size == 1 or stride == own * own_stride)
+
+
+def _one_by_one(
+    call: Callable[..., Sequence[Tensor | None]],
+    size: int,
+    in_dims: Sequence[int | None],
+    arguments: Sequence[Any],
+) -> tuple[Tensor | None, ...]:
+    pairs = list(zip(arguments, in_dims, strict=True))
+    samples = [
+        call(*(x if dim is None else x.select(dim, i) for x, dim in pairs)) for i in range(size)
+    ]
+    return tuple(
+        None if parts[0] is None else torch.stack(parts) for parts in zip(*samples, strict=True)
+    )
+
+
 @torch.library.register_vmap("online_attention::forward")
-def _forward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    size = info.batch_size
-    tensors = [folded(x, dim, size) for x, dim in zip(arguments[:3], in_dims, strict=False)]
-    results = forward(*tensors, *arguments[3:])
-    return tuple(unfolded(x, size) for x in results), (0, 0)
+def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    return mapped(forward, info.batch_size, in_dims, arguments, bias_at=8)
 
 
 @torch.library.register_vmap("online_attention::backward")
-def _backward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    size = info.batch_size
-    tensors = [
-        None if x is None else folded(x, dim, size)
-        for x, dim in zip(arguments[:7], in_dims, strict=False)
-    ]
-    results = backward(*tensors, *arguments[7:])
-    asked = arguments[-3:]
-    return (
-        tuple(unfolded(x, size) if a else x for x, a in zip(results, asked, strict=True)),
-        tuple(0 if a else None for a in asked),
-    )
+def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    return mapped(backward, info.batch_size, in_dims, arguments, bias_at=15)

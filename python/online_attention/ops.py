@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import autograd, checks, operators
 from .operators import BOTTOM_RIGHT, UNBOUNDED
+
+RNG_END = 2**63 - 1  # random words are below it
 
 
 @overload
@@ -100,10 +102,16 @@ def attention(
         return_lse: Whether to return the log-sum-exp of each row too.
         window: Not built yet.
         softcap: Not built yet.
-        bias: Not built yet.
+        bias: Broadcastable to ``(B, H, S_q, S_kv)``. Boolean: True where a pair is visible. Of the
+            dtype of ``q``, or float32: added to the scores, ``q kᵀ * scale + bias``, and -inf hides
+            a pair as False does. Read where it lies, with any strides, and never expanded. Together
+            with ``causal`` a pair is visible if both say so.
         alibi_slopes: Not built yet.
         sinks: Not built yet.
-        dropout_p: Not built yet.
+        dropout_p: The probability, at least 0 and below 1, with which a pair loses its weight after
+            the softmax; weights that stay are divided by ``1 - dropout_p``, a multiple of 2⁻¹⁶. The
+            state is drawn from torch's default generator of the device; the same state drops the
+            same pairs on every device. ``lse`` is that without dropout.
         deterministic: Whether no result may depend on the batch it is computed in, and gradients
             must be the same from run to run (results are in any case). None follows
             ``torch.are_deterministic_algorithms_enabled()``, which backward asks once more.
@@ -118,15 +126,18 @@ def attention(
     copied once otherwise. The work is ``O(S_q * S_kv)``, the memory beside inputs and outputs is
     bounded, whatever ``S_kv`` is. :func:`supported` lists what runs where.
 
-    Both results are differentiable with respect to ``q``, ``k`` and ``v``; gradients have the dtype
-    and the memory order of their inputs, are computed only for inputs that ask, and are 0 for rows
-    that see no key. Second derivatives, forward mode and the transforms of ``torch.func`` work too,
-    with bounded memory. A third derivative, and forward mode over forward mode, raise
-    ``NotImplementedError``. Section 8 of docs/algorithm.md derives all of them.
+    Both results are differentiable with respect to ``q``, ``k``, ``v`` and a float ``bias``;
+    gradients have the dtype and the memory order of their inputs, are computed only for inputs that
+    ask, and are 0 for rows that see no key. That of a bias has the shape the bias was given in, so
+    pass a broadcast bias unexpanded. Second derivatives, forward mode and the transforms of
+    ``torch.func`` work too, with bounded memory; ``torch.vmap`` runs samples one after the other
+    under dropout, and follows its ``randomness``. A third derivative, and forward mode over forward
+    mode, raise ``NotImplementedError``. Section 8 of docs/algorithm.md derives all of them.
 
     Raises:
         TypeError: An argument has a wrong type, dtype or layout.
-        ValueError: Shapes or devices do not fit together, or a size or the scale is out of range.
+        ValueError: Shapes or devices do not fit together, or a size, the scale or ``dropout_p`` is
+            out of range.
         NotImplementedError: A keyword or a device that is not built.
 
     Example:
@@ -146,13 +157,10 @@ def attention(
         and (return_lse is True or return_lse is False)
         and (deterministic is None or deterministic is True or deterministic is False)
         and window is None
-        and bias is None
         and alibi_slopes is None
         and sinks is None
         and type(softcap) is float
-        and type(dropout_p) is float
         and softcap == 0.0
-        and dropout_p == 0.0
     ):
         checks.check_keywords(
             causal=causal,
@@ -160,12 +168,12 @@ def attention(
             deterministic=deterministic,
             window=window,
             softcap=softcap,
-            bias=bias,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
-            dropout_p=dropout_p,
         )
-    out, lse = forward(q, k, v, causal, scale, BOTTOM_RIGHT, deterministic)
+    out, lse = forward(
+        q, k, v, causal, scale, BOTTOM_RIGHT, deterministic, bias=bias, dropout_p=dropout_p
+    )
     return (out, lse) if return_lse else out
 
 
@@ -178,6 +186,9 @@ def forward(
     alignment: int,
     deterministic: bool | None,
     names: checks.Names = checks.NAMES,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Run the operator; inputs are checked here only for what the operator cannot notice.
 
@@ -187,22 +198,43 @@ def forward(
     try:
         if any_autocast_enabled():
             q, k, v = autocast(q, k, v)
+            bias = autocast_bias(bias)
         if not (scale is None or type(scale) is float):
             scale = checks.check_scale(scale)
         if deterministic is None and torch.are_deterministic_algorithms_enabled():
             deterministic = True
         right = 0 if causal else UNBOUNDED
-        if autograd.is_active(q, k, v):
-            return autograd.attention(q, k, v, scale, alignment, UNBOUNDED, right, deterministic)
+        # Arguments that the operator has defaults for: most calls do without, and do not pay.
+        modifiers: tuple[Any, ...] = ()
+        if not (bias is None and type(dropout_p) is float and dropout_p == 0.0):
+            modifiers = _modifiers(q, bias, dropout_p)
+        if autograd.is_active(q, k, v) or (modifiers and autograd.needs_gradient(bias)):
+            return autograd.attention(
+                q, k, v, scale, alignment, UNBOUNDED, right, deterministic, *modifiers
+            )
         result: tuple[Tensor, Tensor] = operators.forward(
-            q, k, v, scale, alignment, UNBOUNDED, right, deterministic is True
+            q, k, v, scale, alignment, UNBOUNDED, right, deterministic is True, *modifiers
         )
     except Exception:
-        fault = checks.fault_of_call(names, q, k, v, scale)
+        fault = checks.fault_of_call(names, q, k, v, scale, bias, dropout_p)
         if fault is None:
             raise
         raise fault from None
     return result
+
+
+def _modifiers(q: Tensor, bias: Tensor | None, dropout_p: float) -> tuple[Any, ...]:
+    """bias, rng and dropout_p as the operators take them; nothing where there is none."""
+    if not (type(dropout_p) is float and 0.0 <= dropout_p < 1.0):
+        dropout_p = checks.check_dropout(dropout_p)
+    if bias is not None and bias.dim() != 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    rng = None
+    if dropout_p != 0.0:
+        # From the default generator, by an operation that seeds, checkpoints, CUDA graphs and
+        # compilers know.
+        rng = torch.randint(RNG_END, (2,), dtype=torch.int64, device=q.device)
+    return () if bias is None and rng is None else (bias, rng, dropout_p)
 
 
 def any_autocast_enabled() -> bool:
@@ -222,3 +254,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         else t
         for t in tensors
     )
+
+
+def autocast_bias(bias: Tensor | None) -> Tensor | None:
+    """The bias under autocast: as another input, but float32, which scores are, stays too."""
+    if bias is None or bias.dtype is torch.float32:
+        return bias
+    return autocast(bias)[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _C, autograd, checks, ops
-from .second_order import BLOCK_BYTES
+from .blocks import BLOCK_BYTES
 
 _ANY_ARCH = 2**31 - 1
 
@@ -101,13 +101,13 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
     try:
         settings = inspect.signature(ops.attention).bind(q, k, v, **keywords)
         settings.apply_defaults()
-        scale = settings.kwargs["scale"]
-        checks.check_keywords(
-            **{name: value for name, value in settings.kwargs.items() if name != "scale"}
-        )
+        keywords = dict(settings.kwargs)
+        scale, bias, dropout_p = (keywords.pop(name) for name in ("scale", "bias", "dropout_p"))
+        checks.check_keywords(**keywords)
         if all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)):
             q, k, v = ops.autocast(q, k, v)
-        checks.check_call(checks.NAMES, q, k, v, scale)
+            bias = ops.autocast_bias(bias) if isinstance(bias, torch.Tensor) else bias
+        checks.check_call(checks.NAMES, q, k, v, scale, bias, dropout_p)
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"Nothing runs this call: {error}"
     arch = 0
@@ -118,10 +118,12 @@ def explain(q: Any, k: Any, v: Any, **keywords: Any) -> str:
     H_kv, S_kv, D_v = k.shape[1], k.shape[2], v.shape[3]
     dtype = str(q.dtype).removeprefix("torch.")
     text = _C.explain(q.device.type, arch, dtype, B, H, H_kv, S_q, S_kv, D, D_v)
-    if not autograd.is_active(q, k, v):
+    of_bias = autograd.needs_gradient(bias)
+    if not (of_bias or autograd.is_active(q, k, v)):
         return text
+    composed = "that of the bias, a second derivative" if of_bias else "a second derivative"
     return (
-        f"{text} The gradients run in one operator; a second derivative, and forward mode, run "
+        f"{text} The gradients run in one operator; {composed}, and forward mode, run "
         "composed in torch operations over blocks of query rows, with memory for a few blocks of "
         f"{BLOCK_BYTES[q.device.type] >> 20} MiB of scores beside inputs and results."
     )

@@ -29,6 +29,7 @@ struct BackwardCall {
   int32_t* turns;
   float factor_log2;  // of scores: scale * log2(e)
   bool aligned;       // every row of every tensor is readable in 16-byte pieces
+  float keep_scale;   // of dropout; 1 without
 };
 
 // Which architecture's code holds the kernels of a class of shared-memory sizes.
@@ -72,6 +73,9 @@ struct BackwardTile {
   }
   __device__ __forceinline__ uint32_t row_terms(int buffer) const {
     return p_smem() + 3 * kConfig.pair_tile_bytes() + buffer * kConfig.row_terms_bytes();
+  }
+  __device__ __forceinline__ uint32_t delta_terms(int buffer) const {
+    return row_terms(buffer) + 4 * kConfig.tile_m;
   }
   __device__ __forceinline__ uint32_t key_marks() const { return row_terms(2); }
   __device__ __forceinline__ uint32_t place_smem() const {
@@ -151,9 +155,10 @@ struct BackwardTile {
         base_b<kConfig.head_dim>(k_smem(), 2 * dq_column_warp()));
   }
 
-  // (E25) P from the scores, in place.
+  // (E25) P from the scores, in place; 0 where a bias has made a score -inf.
+  template <bool kBiased = false>
   __device__ __forceinline__ void weigh(Scores& s, int buffer) const {
-    if (marked) add_key_marks(s);
+    if (marked && !kBiased) add_key_marks(s);
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n) {
       float lse2[2];
@@ -162,8 +167,11 @@ struct BackwardTile {
       for (int atom = 0; atom < kAtoms; ++atom) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
+          float& x = s[atom][n][c];
+          const float exponent = (kBiased ? x : x * call.factor_log2) - lse2[c % 2];
+          const bool hidden = kBiased && x == -kInfinity<float>;
           // At most 1, whatever the rounding of a huge lse.
-          s[atom][n][c] = exp2_of(min_or_nan(s[atom][n][c] * call.factor_log2 - lse2[c % 2], 0.0f));
+          x = hidden ? 0 : exp2_of(min_or_nan(exponent, 0.0f));
         }
       }
     }
@@ -173,7 +181,7 @@ struct BackwardTile {
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n) {
       float delta[2];
-      load_row_terms(delta, row_terms(buffer) + 4 * kConfig.tile_m, n);
+      load_row_terms(delta, delta_terms(buffer), n);
 #pragma unroll
       for (int atom = 0; atom < kAtoms; ++atom) {
 #pragma unroll
@@ -224,8 +232,10 @@ struct BackwardTile {
     }
   }
 
-  // Rounds P^T or dS^T to Element and stores this warp's part.
+  // Rounds P^T or dS^T to Element and stores this warp's part. kDropped: 0 for what has a sign.
+  template <bool kDropped = false>
   __device__ __forceinline__ void store_pairs(const Scores& x, uint32_t tile) const {
+    const auto kept = [](float value) { return kDropped ? max_or_nan(value, 0.0f) : value; };
     const uint32_t base = tile +
                           Pairs::offset(key(0), column_warp() * (kConfig.queries_per_warp() / 8)) +
                           lane_index() % 4 * 4;
@@ -235,7 +245,7 @@ struct BackwardTile {
       for (int r = 0; r < 4; ++r) {
         const float (&four)[4] = x[r / 2][n];
         ptx::store_shared(Pairs::advance(base, n) + 8 * r * Pairs::kRowBytes,
-                          pack_pair<Element>(four[r % 2 * 2], four[r % 2 * 2 + 1]));
+                          pack_pair<Element>(kept(four[r % 2 * 2]), kept(four[r % 2 * 2 + 1])));
       }
     }
   }
@@ -276,28 +286,13 @@ struct BackwardTile {
   __device__ __forceinline__ void mark_nonfinite_keys() {
     if (threadIdx.x < kConfig.tile_n) ptx::store_shared(key_marks() + 4 * threadIdx.x, 0u);
     __syncthreads();
-    marked = __syncthreads_or(has_nonfinite<kConfig.kv_tile_bytes()>(k_smem())) != 0;
+    marked = __syncthreads_or(
+                 has_nonfinite<Element, kConfig.kv_tile_bytes(), kConfig.threads()>(k_smem())) != 0;
     if (!marked) return;
     clear_nonfinite<kConfig.kv_tile_bytes()>(k_smem(), [&](int at) {
       ptx::store_shared(key_marks() + 4 * (at / Rows::kRowBytes), 0x7fffffffu);
     });
     __syncthreads();
-  }
-  // Of this thread's share of the tile.
-  template <int kBytes>
-  __device__ __forceinline__ static bool has_nonfinite(uint32_t tile) {
-    using Pair = PairOf<Element>;
-    Pair sum = zero_pair<Element>();
-#pragma unroll
-    for (int at = 0; at < kBytes; at += kConfig.threads() * kChunkBytes) {
-      uint32_t words[4];
-      ptx::load_shared(words, tile + at + threadIdx.x * kChunkBytes);
-#pragma unroll
-      for (const uint32_t word : words) {
-        sum = __hfma2(reinterpret_cast<const Pair&>(word), zero_pair<Element>(), sum);
-      }
-    }
-    return !__hbeq2(sum, sum);  // Inf * 0 and NaN * 0 are NaN
   }
   __device__ __forceinline__ void add_key_marks(Scores& s) const {
 #pragma unroll
@@ -311,15 +306,23 @@ struct BackwardTile {
     }
   }
   // Adds Inf and NaN elements of dO, which multiply_p_dout has seen as zeros, to the dV of the keys
-  // that their rows see. Exact weights are positive, so the sum is what the weighted one would be.
+  // that their rows see; `hidden(q_idx, kv_idx)` tells what hides besides the mask. Exact weights
+  // are positive, so the sum is what the weighted one would be.
+  template <typename Hidden>
   __device__ __forceinline__ void add_nonfinite_dout(const Element* dout, int32_t q_begin,
-                                                     int32_t kv_begin) {
+                                                     int32_t kv_begin, const Hidden& hidden) {
     const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
     const int32_t q_end = min(q_begin + kConfig.tile_m, s_q);
 #pragma unroll 1
     for (int32_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
       const Element* row = dout + q_idx * call.args.dout.stride_s;
       const KvRange seen = call.args.mask.kv_range(q_idx, q_idx + 1);
+      bool sees[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int32_t kv_idx = kv_begin + key(r);
+        sees[r] = kv_idx >= seen.begin && kv_idx < seen.end && !hidden(q_idx, kv_idx);
+      }
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
 #pragma unroll
@@ -329,8 +332,7 @@ struct BackwardTile {
           if (isfinite(value)) continue;
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
-            const int32_t kv_idx = kv_begin + key(r);
-            if (kv_idx >= seen.begin && kv_idx < seen.end) dv[r / 2][n][r % 2 * 2 + j] += value;
+            if (sees[r]) dv[r / 2][n][r % 2 * 2 + j] += value;
           }
         }
       }

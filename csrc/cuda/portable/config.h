@@ -102,9 +102,16 @@ inline constexpr ForwardConfig kTuring<256>{.head_dim = 256,
                                             .blocks_per_sm = 1,
                                             .q_in_registers = false};
 
-template <int kHeadDim, bool kForTuring>
+// Of a call with a bias or dropout, which need registers too: no more than 64 keys.
+ONLINE_ATTENTION_HD constexpr ForwardConfig modified(ForwardConfig config) {
+  if (config.tile_n > 64) config.tile_n = 64;
+  return config;
+}
+
+template <int kHeadDim, bool kForTuring, bool kModified>
 ONLINE_ATTENTION_HD constexpr ForwardConfig config_of() {
-  return kForTuring ? kTuring<kHeadDim> : kAmpere<kHeadDim>;
+  constexpr ForwardConfig kPlain = kForTuring ? kTuring<kHeadDim> : kAmpere<kHeadDim>;
+  return kModified ? modified(kPlain) : kPlain;
 }
 
 // The most that one block can have on sm_75, and on sm_86 and sm_89, the smallest from sm_80 on.

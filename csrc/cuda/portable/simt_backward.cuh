@@ -11,6 +11,9 @@
 // rows. Each slice is loaded while the one before is multiplied. Any D and D_v: a block adds up
 // kColumns columns of the gradients, and larger head dims take several blocks, each with the scores
 // computed again. kAligned: rows of all inputs are readable in 16-byte pieces.
+//
+// kPairs: the call has a bias or dropout. The bias is added to S; P of a pair that dropout drops
+// changes its sign, since dV takes it as 0 and dS takes its value.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,11 +21,12 @@
 
 #include "cuda/portable/simt_backward.h"
 #include "cuda/portable/simt_backward_tile.cuh"
+#include "cuda/portable/simt_pairs.cuh"
 
 namespace online_attention::cuda::portable {
 
 // One thread's part of a block, and the slices it works from.
-template <typename Element, int kColumnsOfBlock, bool kAligned>
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
 struct SimtBackwardBlock {
   using Real = typename SimtTraits<Element>::Real;
   using Config = SimtBackwardConfig<Real, kColumnsOfBlock>;
@@ -37,16 +41,18 @@ struct SimtBackwardBlock {
   Real* tile;    // [kTileM][kPitchP], P and then dS
   int32_t b, h, kv_head;
   int32_t first_column;
+  Real keep_scale;  // of dropout; used if kPairs
   bool reads_delta = true;
   int32_t q = 0, kv = 0;  // first query and key of the current tile
   int buffer = 0;         // the slice that is filled next
 
   __device__ __forceinline__ SimtBackwardBlock(const BackwardArgs& args, const Real* delta,
-                                               void* smem)
+                                               Real keep_scale, void* smem)
       : args(args),
         delta(delta),
         slices(static_cast<Real*>(smem)),
-        tile(slices + 2 * Config::kSliceElements) {}
+        tile(slices + 2 * Config::kSliceElements),
+        keep_scale(keep_scale) {}
 
   __device__ __forceinline__ RowSource<Element> rows_of(const View& view, int32_t head,
                                                         int64_t rows, int64_t length) const {
@@ -152,10 +158,16 @@ struct SimtBackwardBlock {
   __device__ __forceinline__ Real* tile_row(const ScoresPlace& at, int i) const {
     return tile + (at.y + Config::kScoresY * i) * Config::kPitchP + at.x;
   }
+  __device__ __forceinline__ bool has_bias() const { return kPairs && args.bias.exists(); }
   // Whether some pair of the tile is hidden or has no query.
   __device__ __forceinline__ bool is_masked() const {
     const int32_t q_end = q + Config::kTileM;
     return q_end > args.shape.S_q || args.mask.tile_needs_mask(q, q_end, kv, kv + Config::kTileN);
+  }
+
+  // Whether a weight of 0 may stand for a pair that is hidden, in a tile that is_masked or not.
+  __device__ __forceinline__ bool hides_some(bool masked) const {
+    return (masked && args.mask.is_banded()) || has_bias();
   }
 
   // P from the scores (E25), into the tile.
@@ -170,6 +182,33 @@ struct SimtBackwardBlock {
 #pragma unroll
       for (int j = 0; j < Config::kScores; ++j) {
         p[Config::kScoresX * j] = row.weight(scores[i][j]);
+      }
+    }
+  }
+
+  // As weigh, for scores with a bias; P is exactly 0 where it hides. It is read into the places of
+  // the thread's own P first, a row at a time: there are no registers for the addresses of all.
+  __device__ __forceinline__ void weigh_biased(const Scores& scores) const {
+    const ScoresPlace at;
+    with_bias_type<Element>(args.bias, [&](auto element) {
+      const auto last = static_cast<int32_t>(args.shape.S_q) - 1;
+#pragma unroll 1
+      for (int i = 0; i < Config::kRows; ++i) {
+        const auto* row = args.bias.row<decltype(element)>(anew(b), h, min(query(at, i), last));
+        fetch_bias<Config::kScoresX, Config::kScores>(tile_row(at, i), row, args.bias.stride_kv,
+                                                      kv + at.x,
+                                                      static_cast<int32_t>(args.shape.S_kv));
+      }
+    });
+    const Real scale = static_cast<Real>(args.scale.sign * args.scale.log2);
+#pragma unroll
+    for (int i = 0; i < Config::kRows; ++i) {
+      Real* p = tile_row(at, i);
+      const RowOfLse<Real> row(p[Config::kLseColumn - at.x], scale);
+#pragma unroll
+      for (int j = 0; j < Config::kScores; ++j) {
+        Real& pair = p[Config::kScoresX * j];
+        pair = row.weight(scores[i][j], pair);
       }
     }
   }
@@ -191,6 +230,18 @@ struct SimtBackwardBlock {
     }
   }
 
+  // P of dropped pairs becomes -P. This thread's own.
+  __device__ __forceinline__ void drop() const {
+    const ScoresPlace at;
+#pragma unroll 1
+    for (int i = 0; i < Config::kRows; ++i) {
+      Real* p = tile_row(at, i);
+      for_dropped<Config::kScoresX, Config::kScores>(
+          args.dropout, anew(b) * args.shape.H + h, query(at, i), kv, at.x,
+          [&](int j) { p[Config::kScoresX * j] = -p[Config::kScoresX * j]; });
+    }
+  }
+
   // dS from dP and the tile's P (E29), over P. 0 where P is, whatever dP and delta are.
   __device__ __forceinline__ void differentiate(const Scores& dp) const {
     const ScoresPlace at;
@@ -200,8 +251,12 @@ struct SimtBackwardBlock {
       const Real row_delta = row[Config::kDeltaColumn - at.x];
 #pragma unroll
       for (int j = 0; j < Config::kScores; ++j) {
-        const Real p = row[Config::kScoresX * j];
-        row[Config::kScoresX * j] = p == 0 ? Real(0) : p * (dp[i][j] - row_delta);
+        Real p = row[Config::kScoresX * j], kept_dp = dp[i][j];
+        if constexpr (kPairs) {
+          kept_dp = p < 0 ? Real(0) : kept_dp * keep_scale;
+          p = fabs(p);
+        }
+        row[Config::kScoresX * j] = p == 0 ? Real(0) : p * (kept_dp - row_delta);
       }
     }
   }

@@ -59,8 +59,8 @@ Real gradient_factor(const BackwardArgs& args) {
   return static_cast<Real>(std::clamp(args.factor, -kLargest, kLargest));
 }
 
-// One compiled pair of kernels: an element type, the columns of a block, and whether the rows of
-// all inputs are readable in 16-byte pieces.
+// One compiled pair of kernels: an element type, the columns of a block, whether the rows of all
+// inputs are readable in 16-byte pieces, and whether the call has a bias or dropout.
 template <typename Element, int kColumns>
 BackwardTile simt_backward_tile();
 
@@ -68,12 +68,12 @@ BackwardTile simt_backward_tile();
 bool has_aligned_inputs(const BackwardArgs& args);
 
 // dK and dV, and dQ unless plan.queries_apart; then dq is zero before.
-template <typename Element, int kColumns, bool kAligned>
+template <typename Element, int kColumns, bool kAligned, bool kPairs>
 Status launch_simt_backward_keys(const BackwardArgs& args, const BackwardPlan& plan,
                                  const Launch& launch);
 
 // dQ alone, without atomic additions.
-template <typename Element, int kColumns, bool kAligned>
+template <typename Element, int kColumns, bool kAligned, bool kPairs>
 Status launch_simt_backward_queries(const BackwardArgs& args, const BackwardPlan& plan,
                                     const Launch& launch);
 

@@ -21,26 +21,32 @@ struct Kernels {
 };
 
 template <typename Element, int kColumns, bool kAligned>
-constexpr Kernels kernels() {
+Kernels kernels(bool pairs) {
+  if (pairs) {
+    return {simt_backward_tile<Element, kColumns>,
+            launch_simt_backward_keys<Element, kColumns, kAligned, true>,
+            launch_simt_backward_queries<Element, kColumns, kAligned, true>};
+  }
   return {simt_backward_tile<Element, kColumns>,
-          launch_simt_backward_keys<Element, kColumns, kAligned>,
-          launch_simt_backward_queries<Element, kColumns, kAligned>};
+          launch_simt_backward_keys<Element, kColumns, kAligned, false>,
+          launch_simt_backward_queries<Element, kColumns, kAligned, false>};
 }
 
 Kernels kernels_of(const BackwardArgs& args) {
+  const bool pairs = args.bias.exists() || args.dropout.exists();
   switch (args.dtype) {
     case DType::f16:
-      return kernels<__half, 128, false>();
+      return kernels<__half, 128, false>(pairs);
     case DType::bf16:
-      return kernels<__nv_bfloat16, 128, false>();
+      return kernels<__nv_bfloat16, 128, false>(pairs);
     case DType::f64:
-      return kernels<double, 64, false>();
+      return kernels<double, 64, false>(pairs);
     case DType::f32:
       break;
   }
-  if (!has_aligned_inputs(args)) return kernels<float, 64, false>();
-  return std::max(args.shape.D, args.shape.D_v) <= 64 ? kernels<float, 64, true>()
-                                                      : kernels<float, 128, true>();
+  if (!has_aligned_inputs(args)) return kernels<float, 64, false>(pairs);
+  return std::max(args.shape.D, args.shape.D_v) <= 64 ? kernels<float, 64, true>(pairs)
+                                                      : kernels<float, 128, true>(pairs);
 }
 
 constexpr int kBlocksPerMultiprocessor = 2;
@@ -99,7 +105,6 @@ int64_t simt_backward_workspace_bytes(const BackwardArgs& args, const Device& de
 }
 
 Status simt_backward(const BackwardArgs& args, const Launch& launch) {
-  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   const BackwardPlan plan = plan_for(args, launch.device);
   const Kernels kernels = kernels_of(args);
   const bool needs_dq = args.dq.data != nullptr, needs_dk = args.dk.data != nullptr;

@@ -10,9 +10,9 @@
 
 namespace online_attention::cuda::portable {
 
-template <typename Element, int kColumnsOfBlock, bool kAligned>
-struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned> {
-  using Base = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned>;
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
+struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kPairs> {
+  using Base = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kPairs>;
   using typename Base::Config;
   using typename Base::Real;
   using Gradient = Real[Config::kKeys][Config::kKeyOuts];
@@ -25,8 +25,9 @@ struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned> 
   using Base::Base;
 
   // gradient += W^T X with the tile's weights W, where X are rows of Q or dO from the tile's first
-  // query on. The tile has a sum of its own: two short sums round less than one long one.
-  template <typename LoadFollowing>
+  // query on. The tile has a sum of its own: two short sums round less than one long one. kDrops:
+  // weights below 0 count as 0.
+  template <bool kDrops, typename LoadFollowing>
   __device__ __forceinline__ void add_transposed(Gradient& gradient, const RowSource<Element>& from,
                                                  bool masked, const LoadFollowing& load_following) {
     Gradient sum = {};
@@ -40,10 +41,10 @@ struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned> 
       const KeysPlace at;
       const Real* weights = this->tile + m * Config::kPitchP + at.y * Config::kVector;
       const Real* values = slice + at.x * Config::kVector;
-      if (masked && args.mask.is_banded() && this->has_nonfinite(slice)) {
-        multiply_transposed<Config, true>(sum, weights, values);
+      if (this->hides_some(masked) && this->has_nonfinite(slice)) {
+        multiply_transposed<Config, true, kDrops>(sum, weights, values);
       } else {
-        multiply_transposed<Config, false>(sum, weights, values);
+        multiply_transposed<Config, false, kDrops>(sum, weights, values);
       }
     }
 #pragma unroll
@@ -68,10 +69,10 @@ struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned> 
       const ScoresPlace at;
       const Real* weights = this->tile + at.y * Config::kPitchP + n;
       const Real* values = slice + at.x * Config::kVector;
-      if (masked && args.mask.is_banded() && this->has_nonfinite(slice)) {
+      if (this->hides_some(masked) && this->has_nonfinite(slice)) {
         multiply_plain<Config, true>(sum, weights, values);
       } else {
-        multiply_plain<Config, false>(sum, weights, values);
+        multiply_plain<Config, false, kPairs ? kUnrollDq : kUnroll>(sum, weights, values);
       }
     }
     // The plan gives other types than fp32 a kernel for dQ.
@@ -152,19 +153,20 @@ struct QueryWalk {
   }
 };
 
-template <typename Element, int kColumnsOfBlock, bool kAligned>
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
 __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
     const __grid_constant__ BackwardArgs args, const __grid_constant__ BackwardPlan plan,
     const __grid_constant__ BackwardBuffers<typename SimtTraits<Element>::Real> buffers,
-    typename SimtTraits<Element>::Real factor, bool dq_aligned) {
-  using Block = SimtBackwardKeys<Element, kColumnsOfBlock, kAligned>;
+    typename SimtTraits<Element>::Real factor, bool dq_aligned,
+    typename SimtTraits<Element>::Real keep_scale) {
+  using Block = SimtBackwardKeys<Element, kColumnsOfBlock, kAligned, kPairs>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
   extern __shared__ __align__(16) unsigned char smem[];
   const Shape& shape = args.shape;
   const auto group = static_cast<int32_t>(shape.group());
 
-  Block block(args, buffers.delta, smem);
+  Block block(args, buffers.delta, keep_scale, smem);
   uint32_t index = blockIdx.x;
   block.first_column = static_cast<int32_t>(index % plan.column_blocks) * Config::kColumns;
   index /= plan.column_blocks;
@@ -209,10 +211,15 @@ __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
         load_dout_v(0);
       }
     });
-    block.weigh(scores);  // (E25)
+    if (block.has_bias()) {
+      block.weigh_biased(scores);  // (E25)
+    } else {
+      block.weigh(scores);
+    }
     if (masked) block.hide();
+    if (kPairs && args.dropout.exists()) block.drop();
     if (adds_dv) {
-      block.add_transposed(block.dv, block.dout_rows(), masked, [&] {  // (E26)
+      block.template add_transposed<kPairs>(block.dv, block.dout_rows(), masked, [&] {  // (E26)
         if (needs_ds) {
           load_dout_v(0);
         } else {
@@ -231,7 +238,7 @@ __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
       block.differentiate(scores);  // (E29)
     }
     if (adds_dk) {
-      block.add_transposed(block.dk, block.q_rows(), masked, [&] {  // (E31)
+      block.template add_transposed<false>(block.dk, block.q_rows(), masked, [&] {  // (E31)
         if (adds_dq) {
           block.load_rows(block.k_rows(), block.kv);
         } else {
@@ -261,7 +268,7 @@ __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
                 [&](int32_t key) { return args.dk.row<Element>(b, kv_head, key); });
   }
   if (adds_dv) {
-    block.store(block.dv, shape.D_v, Real(1),
+    block.store(block.dv, shape.D_v, kPairs ? keep_scale : Real(1),
                 [&](int32_t key) { return args.dv.row<Element>(b, kv_head, key); });
   }
 }

@@ -4,7 +4,8 @@
 namespace online_attention::cuda::portable {
 
 template BackwardTile simt_backward_tile<__half, 128>();
-template Status launch_simt_backward_keys<__half, 128, false>(const BackwardArgs&,
-                                                              const BackwardPlan&, const Launch&);
+template Status launch_simt_backward_keys<__half, 128, false, false>(const BackwardArgs&,
+                                                                     const BackwardPlan&,
+                                                                     const Launch&);
 
 }  // namespace online_attention::cuda::portable

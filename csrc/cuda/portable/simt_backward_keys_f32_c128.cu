@@ -4,7 +4,8 @@
 namespace online_attention::cuda::portable {
 
 template BackwardTile simt_backward_tile<float, 128>();
-template Status launch_simt_backward_keys<float, 128, true>(const BackwardArgs&,
-                                                            const BackwardPlan&, const Launch&);
+template Status launch_simt_backward_keys<float, 128, true, false>(const BackwardArgs&,
+                                                                   const BackwardPlan&,
+                                                                   const Launch&);
 
 }  // namespace online_attention::cuda::portable

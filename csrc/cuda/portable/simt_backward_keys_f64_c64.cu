@@ -4,7 +4,8 @@
 namespace online_attention::cuda::portable {
 
 template BackwardTile simt_backward_tile<double, 64>();
-template Status launch_simt_backward_keys<double, 64, false>(const BackwardArgs&,
-                                                             const BackwardPlan&, const Launch&);
+template Status launch_simt_backward_keys<double, 64, false, false>(const BackwardArgs&,
+                                                                    const BackwardPlan&,
+                                                                    const Launch&);
 
 }  // namespace online_attention::cuda::portable

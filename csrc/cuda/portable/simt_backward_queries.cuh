@@ -7,19 +7,20 @@
 
 namespace online_attention::cuda::portable {
 
-template <typename Element, int kColumnsOfBlock, bool kAligned>
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
 __global__ void __launch_bounds__(128, 2)
     simt_backward_queries_kernel(const __grid_constant__ BackwardArgs args,
                                  const __grid_constant__ BackwardPlan plan,
                                  const typename SimtTraits<Element>::Real* delta,
-                                 typename SimtTraits<Element>::Real factor) {
-  using Block = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned>;
+                                 typename SimtTraits<Element>::Real factor,
+                                 typename SimtTraits<Element>::Real keep_scale) {
+  using Block = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kPairs>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
   extern __shared__ __align__(16) unsigned char smem[];
   const Shape& shape = args.shape;
 
-  Block block(args, delta, smem);
+  Block block(args, delta, keep_scale, smem);
   uint32_t index = blockIdx.x;
   block.first_column = static_cast<int32_t>(index % plan.column_blocks) * Config::kColumns;
   index /= plan.column_blocks;
@@ -39,13 +40,19 @@ __global__ void __launch_bounds__(128, 2)
 
   Real dq[Config::kRows][Config::kQueryOuts] = {};
   block.kv = keys.begin;
+  if (kPairs) block.kv -= block.kv % Config::kTileN;  // drop() takes whole groups of keys
   if (keys.size() > 0) block.load_tile();
   while (block.kv < keys.end) {
     const bool masked = block.is_masked();
     typename Block::Scores scores;
     block.score(scores, shape.D, load_qk, [&] { load_dout_v(0); });  // S = Q K^T
-    block.weigh(scores);                                             // (E25)
+    if (block.has_bias()) {
+      block.weigh_biased(scores);  // (E25)
+    } else {
+      block.weigh(scores);
+    }
     if (masked) block.hide();
+    if (kPairs && args.dropout.exists()) block.drop();
     block.score(scores, shape.D_v, load_dout_v,  // (E27)
                 [&] { block.load_rows(block.k_rows(), block.kv); });
     block.differentiate(scores);  // (E29)
@@ -63,7 +70,7 @@ __global__ void __launch_bounds__(128, 2)
       const typename Block::ScoresPlace at;
       const Real* weights = block.tile + at.y * Config::kPitchP + n;
       const Real* values = slice + at.x * Config::kVector;
-      if (masked && args.mask.is_banded() && block.has_nonfinite(slice)) {
+      if (block.hides_some(masked) && block.has_nonfinite(slice)) {
         multiply_plain<Config, true>(sum, weights, values);
       } else {
         multiply_plain<Config, false>(sum, weights, values);

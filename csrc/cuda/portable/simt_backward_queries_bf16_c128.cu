@@ -3,8 +3,8 @@
 
 namespace online_attention::cuda::portable {
 
-template Status launch_simt_backward_queries<__nv_bfloat16, 128, false>(const BackwardArgs&,
-                                                                        const BackwardPlan&,
-                                                                        const Launch&);
+template Status launch_simt_backward_queries<__nv_bfloat16, 128, false, false>(const BackwardArgs&,
+                                                                               const BackwardPlan&,
+                                                                               const Launch&);
 
 }  // namespace online_attention::cuda::portable

@@ -3,7 +3,8 @@
 
 namespace online_attention::cuda::portable {
 
-template Status launch_simt_backward_queries<float, 128, true>(const BackwardArgs&,
-                                                               const BackwardPlan&, const Launch&);
+template Status launch_simt_backward_queries<float, 128, true, false>(const BackwardArgs&,
+                                                                      const BackwardPlan&,
+                                                                      const Launch&);
 
 }  // namespace online_attention::cuda::portable

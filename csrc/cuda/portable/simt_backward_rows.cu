@@ -55,7 +55,8 @@ Status sum_as(const BackwardArgs& args, const BackwardPlan& plan, const Launch& 
   const Status status = sum_gradient<Element>(args.dk, s, s.D, buffers.dk, plan.parts,
                                               gradient_factor<Real>(args), on);
   if (status != kOk) return status;
-  return sum_gradient<Element>(args.dv, s, s.D_v, buffers.dv, plan.parts, Real(1), on);
+  return sum_gradient<Element>(args.dv, s, s.D_v, buffers.dv, plan.parts,
+                               args.dropout.keep_scale<Real>(), on);
 }
 
 }  // namespace

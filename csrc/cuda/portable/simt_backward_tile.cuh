@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/arithmetic.cuh"
+#include "cuda/portable/simt_pairs.cuh"
 #include "cuda/portable/simt_slice.cuh"
 #include "cuda/ptx/special.cuh"
 
@@ -48,13 +49,13 @@ struct SimtBackwardConfig {
 
 // Iterations of the inner loops taken together, as many as there are registers for: Turing copies
 // to shared memory through registers, and for Ampere the compiler needs more of them than for
-// Hopper.
+// Hopper. kUnrollDq: in the key kernel of calls with a bias or dropout.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr int kUnroll = 1, kUnrollTransposed = 1;
+inline constexpr int kUnroll = 1, kUnrollTransposed = 1, kUnrollDq = 1;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr int kUnroll = 2, kUnrollTransposed = 1;
+inline constexpr int kUnroll = 2, kUnrollTransposed = 1, kUnrollDq = 1;
 #else
-inline constexpr int kUnroll = 2, kUnrollTransposed = 2;
+inline constexpr int kUnroll = 2, kUnrollTransposed = 2, kUnrollDq = 2;
 #endif
 
 // A thread's place in a kY x kX grid of which each warp covers 4 x 8. Lanes that differ in bit 0
@@ -89,20 +90,32 @@ struct RowOfLse {
   // counts as the maximum. The scores become exponents, which weight() then takes as they are.
   template <int kScores>
   __device__ __forceinline__ void round_alike(Real (&scores)[kScores]) {
-    if (!(fabs(base) > kFusedUpTo<Real>) || isinf(base)) return;
-    const Real rounding = fabs(base) * (4 / kFusedUpTo<Real>);
+    if (!is_large()) return;
 #pragma unroll
     for (int j = 0; j < kScores; ++j) {
-      scores[j] = rounded_product(scores[j], scale) - base;
-      if (scores[j] > -rounding) scores[j] = 0;
+      scores[j] = near_zero(rounded_product(scores[j], scale) - base);
     }
     scale = 1, base = 0, rest = 0;
+  }
+  __device__ __forceinline__ bool is_large() const {
+    return fabs(base) > kFusedUpTo<Real> && !isinf(base);
+  }
+  __device__ __forceinline__ Real near_zero(Real exponent) const {
+    return exponent > -fabs(base) * (4 / kFusedUpTo<Real>) ? Real(0) : exponent;
   }
 
   // 2^(x * scale - L log2(e)), at most 1 whatever the rounding.
   __device__ __forceinline__ Real weight(Real x) const {
     const Real exponent = (x * scale - base) - rest;
     return exp2_of(exponent > 0 ? Real(0) : exponent);
+  }
+  // The same for x * scale plus a bias in natural units, in place of round_alike; 0 for a bias of
+  // -inf, whatever x is.
+  __device__ __forceinline__ Real weight(Real x, Real bias) const {
+    const Real exponent = is_large() ? near_zero(fma(x, scale, bias_log2(bias)) - base)
+                                     : fma(bias, Real(kLog2e), fma(x, scale, -base)) - rest;
+    const Real seen = bias == -kInfinity<Real> ? -kInfinity<Real> : exponent;
+    return exp2_of(seen > 0 ? Real(0) : seen);
   }
 };
 
@@ -131,12 +144,15 @@ __device__ __forceinline__ void multiply_rows(Real (&sum)[Config::kRows][Config:
 }
 
 // sum += W^T X over the kSliceRows rows of a slice X; `w` are the weights of its first row. With
-// kExact, terms of weight 0 are left out: for X with Inf or NaN, where 0 * X is not 0.
-template <typename Config, bool kExact, typename Real>
+// kExact, terms of weight 0 are left out: for X with Inf or NaN, where 0 * X is not 0. With kDrops,
+// negative weights count as 0, but are not left out.
+template <typename Config, bool kExact, bool kDrops, typename Real>
 __device__ __forceinline__ void multiply_transposed(Real (&sum)[Config::kKeys][Config::kKeyOuts],
                                                     const Real* w, const Real* x) {
   constexpr int kVector = Config::kVector;
-#pragma unroll(kExact ? 1 : kUnrollTransposed * 128 / Config::kKeyOuts / Config::kKeys)
+  constexpr int kUnrolled =
+      (kDrops ? 1 : kUnrollTransposed) * 128 / Config::kKeyOuts / Config::kKeys;
+#pragma unroll(kExact ? 1 : kUnrolled)
   for (int m = 0; m < Config::kSliceRows; ++m) {
     Vector<Real> weights[Config::kKeys / kVector];
     Vector<Real> values[Config::kKeyOuts / kVector];
@@ -150,8 +166,9 @@ __device__ __forceinline__ void multiply_transposed(Real (&sum)[Config::kKeys][C
     }
 #pragma unroll
     for (int n = 0; n < Config::kKeys; ++n) {
-      const Real weight = weights[n / kVector].e[n % kVector];
+      Real weight = weights[n / kVector].e[n % kVector];
       if (kExact && weight == 0) continue;
+      if (kDrops && weight < 0) weight = 0;
 #pragma unroll
       for (int c = 0; c < Config::kKeyOuts; ++c) {
         sum[n][c] += weight * values[c / kVector].e[c % kVector];
@@ -188,11 +205,11 @@ struct alignas(8) HalfVector {
 };
 
 // sum += W X over the kSliceRows rows of a slice X; `w` are the weights of its first row.
-template <typename Config, bool kExact, typename Real>
+template <typename Config, bool kExact, int kUnrolled = kUnroll, typename Real>
 __device__ __forceinline__ void multiply_plain(Real (&sum)[Config::kRows][Config::kQueryOuts],
                                                const Real* w, const Real* x) {
   constexpr int kVector = Config::kVector, kHalf = kVector / 2;
-#pragma unroll(kExact ? 1 : kUnroll)
+#pragma unroll(kExact ? 1 : kUnrolled)
   for (int n = 0; n < Config::kSliceRows; n += kHalf) {
     HalfVector<Real> weights[Config::kRows];
 #pragma unroll

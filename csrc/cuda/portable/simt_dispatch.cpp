@@ -59,7 +59,6 @@ int64_t simt_workspace_bytes(const ForwardArgs& args, const Device& device) {
 }
 
 Status simt_forward(const ForwardArgs& args, const Launch& launch) {
-  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   const TilePlan plan = plan_for(args, launch.device);
   const Status status = kernel_of(args).launch(args, plan, launch);
   if (status != kOk || plan.splits == 1) return status;

@@ -24,8 +24,11 @@ Status launch_simt(const ForwardArgs& args, const TilePlan& plan, const Launch& 
                        is_aligned_16(args.q, kBytes) && is_aligned_16(args.k, kBytes) &&
                        is_aligned_16(args.v, kBytes);
   const auto partial = SplitBuffers<Real>::in(on.workspace, plan, args.shape);
-  return launch(simt_forward_kernel<Element, kOutColumns, kKeys>, plan.tiles(), Config::kThreads,
-                Config::kSmemBytes, on.stream, args, plan, partial, aligned);
+  auto* kernel = args.bias.exists() || args.dropout.exists()
+                     ? simt_forward_kernel<Element, kOutColumns, kKeys, true>
+                     : simt_forward_kernel<Element, kOutColumns, kKeys, false>;
+  return launch(kernel, plan.tiles(), Config::kThreads, Config::kSmemBytes, on.stream, args, plan,
+                partial, aligned);
 }
 
 }  // namespace online_attention::cuda::portable

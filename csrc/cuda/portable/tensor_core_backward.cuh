@@ -14,7 +14,7 @@
 #pragma once
 
 #include "cuda/backward_plan.h"
-#include "cuda/portable/backward_tile.cuh"
+#include "cuda/portable/backward_pairs.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/global.cuh"
 
@@ -25,9 +25,11 @@ struct QueryStep {
   int32_t head, q_tile;  // head counts within the group
 };
 
-template <typename Element, BackwardConfig kConfig>
+// kModified: whether the call may have a bias or dropout.
+template <typename Element, BackwardConfig kConfig, bool kModified>
 struct BackwardBlock : BackwardTile<Element, kConfig> {
   using Base = BackwardTile<Element, kConfig>;
+  using Pairs = BackwardPairs<Element, kConfig>;
   using Base::call;
   static constexpr int kThreads = kConfig.threads();
 
@@ -203,23 +205,40 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
            call.args.mask.tile_needs_mask(q_begin, q_end, kv, kv + kConfig.tile_n);
   }
 
+  __device__ __forceinline__ bool has_bias() const { return kModified && call.args.bias.exists(); }
+  __device__ __forceinline__ Pairs pairs_of(const QueryStep& step) const {
+    return {call, place(kBatch), place(kKvHead) * call.plan.group + step.head,
+            step.q_tile * kConfig.tile_m, kv_begin()};
+  }
+
   // P and dS of one query tile, to shared memory.
   __device__ __forceinline__ void compute_pairs(const QueryStep& step, bool masked, bool first,
                                                 int stage, int buffer) const {
     const int32_t q_begin = step.q_tile * kConfig.tile_m;
     float p[Base::kAtoms][Base::kQueryTiles][4] = {};
     this->multiply_k_q(p, stage);  // S^T = K Q^T
-    this->weigh(p, buffer);        // (E25)
-    if (masked) this->hide(p, q_begin, kv_begin());
-    if (call.args.dv.data != nullptr) this->store_pairs(p, this->p_smem());
+    if (has_bias()) {
+      if (this->marked) this->add_key_marks(p);
+      pairs_of(step).add_bias(p);
+      this->template weigh<true>(p, buffer);
+    } else {
+      this->weigh(p, buffer);  // (E25)
+    }
+    if (kModified ? needs_mask(step) : masked) this->hide(p, q_begin, kv_begin());
+    if (kModified && call.args.dropout.exists()) pairs_of(step).mark_dropped(p);
+    if (call.args.dv.data != nullptr) this->template store_pairs<kModified>(p, this->p_smem());
     if (first) {
       ptx::cp_async_wait<kConfig.stages - 1>();  // but for what the next step needs
       __syncthreads();                           // V and dO are there
     }
     if (call.dq_sums == nullptr && call.args.dk.data == nullptr) return;
     float ds[Base::kAtoms][Base::kQueryTiles][4] = {};
-    this->multiply_v_dout(ds, stage);     // (E27), transposed
-    this->subtract_delta(ds, p, buffer);  // (E29)
+    this->multiply_v_dout(ds, stage);  // (E27), transposed
+    if constexpr (kModified) {
+      pairs_of(step).subtract_delta(*this, ds, p, buffer);
+    } else {
+      this->subtract_delta(ds, p, buffer);  // (E29)
+    }
     if (masked) this->drop_without_weight(ds, p);
     this->store_pairs(ds, this->ds_smem(buffer));
   }
@@ -239,9 +258,15 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     }
     if (call.args.dv.data != nullptr) {
       this->multiply_p_dout(stage);  // (E26)
-      if (cleared)
+      if (cleared) {
+        const auto hidden = [&](int32_t q_idx, int32_t kv_idx) {
+          if (!has_bias()) return false;
+          const Pairs pairs = pairs_of(step);
+          return hides<Element>(call.args.bias, pairs.b, pairs.h, q_idx, kv_idx);
+        };
         this->add_nonfinite_dout(head_rows(kDoutRows, call.args.dout, step.head), q_begin,
-                                 kv_begin());
+                                 kv_begin(), hidden);
+      }
     }
     if (call.args.dk.data != nullptr) this->multiply_ds_q(stage, buffer);  // (E31), unscaled
   }
@@ -257,7 +282,7 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
     bool first = true;
     int buffer = 0;
     load_first(step);
-    if (call.args.mask.is_banded()) this->mark_nonfinite_keys();
+    if (call.args.mask.is_banded() || has_bias()) this->mark_nonfinite_keys();
 #pragma unroll 1
     for (; exists(step); step = after(step)) {
       const int stage = kConfig.stages == 2 ? buffer : 0;
@@ -267,7 +292,7 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
         if (exists(after(step))) load_queries(after(step), stage ^ 1, buffer ^ 1);
         ptx::cp_async_commit();
       }
-      const bool masked = needs_mask(step);
+      const bool masked = has_bias() || needs_mask(step);
 #pragma unroll 1
       for (int part = 0; part < 2; ++part) {
         if ((part == 0) == dq_first) {
@@ -294,7 +319,7 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
   __device__ __forceinline__ void store() {
     __syncthreads();  // K and V have been read
     this->stage_rows(this->dk, this->k_smem(), static_cast<float>(call.args.factor));
-    this->stage_rows(this->dv, this->v_smem(), 1);
+    this->stage_rows(this->dv, this->v_smem(), kModified ? call.keep_scale : 1);
     __syncthreads();
     const auto rows = static_cast<int32_t>(call.args.shape.S_kv);
     const auto store_to = [&](const View& view, uint32_t tile, int64_t length) {
@@ -310,13 +335,15 @@ struct BackwardBlock : BackwardTile<Element, kConfig> {
 };
 
 // A kernel's own template arguments must be types and integers, hence not a BackwardConfig.
-template <typename Element, int kHeadDim, SmemClass kSize>
+// kModified: for calls with a bias or dropout; compiled apart, as in the forward.
+template <typename Element, int kHeadDim, SmemClass kSize, bool kModified>
 __global__ void __launch_bounds__((kBackward<kHeadDim, kSize>.threads()), 1)
     tensor_core_backward_kernel(const __grid_constant__ BackwardCall call) {
 #if defined(__CUDA_ARCH__)
   if constexpr (runs_on(kSize, __CUDA_ARCH__)) {
     extern __shared__ __align__(128) unsigned char smem[];
-    BackwardBlock<Element, kBackward<kHeadDim, kSize>> block(call, ptx::shared_address(smem));
+    BackwardBlock<Element, kBackward<kHeadDim, kSize>, kModified> block(call,
+                                                                        ptx::shared_address(smem));
     block.run();
     block.store();
   }

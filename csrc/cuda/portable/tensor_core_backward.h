@@ -17,9 +17,14 @@ struct BackwardBuffers {
   int32_t* turns = nullptr;
 };
 
-template <typename Element, int kHeadDim>
+// The gradients, dQ in sums. kModified: of calls with a bias or dropout.
+template <typename Element, int kHeadDim, bool kModified>
 Status launch_tensor_core_backward(const BackwardArgs& args, const BackwardPlan& plan,
                                    const BackwardBuffers& buffers, SmemClass size,
                                    const Launch& launch);
+// dQ from its sums.
+template <typename Element, int kHeadDim>
+Status launch_store_dq(const BackwardArgs& args, const BackwardPlan& plan,
+                       const BackwardBuffers& buffers, SmemClass size, const Launch& launch);
 
 }  // namespace online_attention::cuda::portable

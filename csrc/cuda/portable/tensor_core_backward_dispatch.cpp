@@ -24,8 +24,16 @@ struct Bucket {
   const BackwardConfig& large;
   const BackwardConfig& medium;
   const BackwardConfig& turing;
-  LaunchKernel f16, bf16;
+  struct Kernels {
+    LaunchKernel plain, modified, store_dq;
+  } f16, bf16;
 };
+
+template <typename Element, int kHeadDim>
+constexpr Bucket::Kernels kernels() {
+  return {launch_tensor_core_backward<Element, kHeadDim, false>,
+          launch_tensor_core_backward<Element, kHeadDim, true>, launch_store_dq<Element, kHeadDim>};
+}
 
 template <int kHeadDim>
 constexpr Bucket bucket() {
@@ -33,8 +41,8 @@ constexpr Bucket bucket() {
           kBackward<kHeadDim, SmemClass::large>,
           kBackward<kHeadDim, SmemClass::medium>,
           kBackward<kHeadDim, SmemClass::turing>,
-          launch_tensor_core_backward<__half, kHeadDim>,
-          launch_tensor_core_backward<__nv_bfloat16, kHeadDim>};
+          kernels<__half, kHeadDim>(),
+          kernels<__nv_bfloat16, kHeadDim>()};
 }
 
 constexpr Bucket kBuckets[] = {bucket<64>(), bucket<96>(), bucket<128>(), bucket<192>(),
@@ -100,7 +108,6 @@ int64_t tensor_core_backward_workspace_bytes(const BackwardArgs& args, const Dev
 }
 
 Status tensor_core_backward(const BackwardArgs& args, const Launch& launch) {
-  if (args.bias.exists() || args.dropout.exists()) return "masks and dropout are not built here.";
   if (!fits(args, launch.device)) return simt_backward(args, launch);
   const BackwardPlan plan = plan_for(args, launch.device);
   const Sizes sizes(args, plan);
@@ -112,8 +119,13 @@ Status tensor_core_backward(const BackwardArgs& args, const Launch& launch) {
     if (status != kOk) return status;
   }
   const Bucket& bucket = bucket_of(args.shape);
-  const LaunchKernel kernel = args.dtype == DType::f16 ? bucket.f16 : bucket.bf16;
-  return kernel(args, plan, buffers, smem_class(launch.device), launch);
+  const Bucket::Kernels& kernels = args.dtype == DType::f16 ? bucket.f16 : bucket.bf16;
+  const bool modified = args.bias.exists() || args.dropout.exists();
+  const LaunchKernel kernel = modified ? kernels.modified : kernels.plain;
+  const SmemClass size = smem_class(launch.device);
+  status = kernel(args, plan, buffers, size, launch);
+  if (status != kOk || buffers.dq_sums == nullptr) return status;
+  return kernels.store_dq(args, plan, buffers, size, launch);
 }
 
 }  // namespace online_attention::cuda::portable

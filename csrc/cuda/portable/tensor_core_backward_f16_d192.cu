@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/portable/tensor_core_backward_launch.cuh"
 
-template online_attention::Status
-online_attention::cuda::portable::launch_tensor_core_backward<__half, 192>(
-    const BackwardArgs&, const BackwardPlan&, const BackwardBuffers&, SmemClass, const Launch&);
+namespace online_attention::cuda::portable {
+
+template Status launch_tensor_core_backward<__half, 192, false>(const BackwardArgs&,
+                                                                const BackwardPlan&,
+                                                                const BackwardBuffers&, SmemClass,
+                                                                const Launch&);
+template Status launch_store_dq<__half, 192>(const BackwardArgs&, const BackwardPlan&,
+                                             const BackwardBuffers&, SmemClass, const Launch&);
+
+}  // namespace online_attention::cuda::portable

@@ -20,7 +20,8 @@ struct TensorCoreCall {
   TilePlan plan;
   SplitBuffers<float> partial;
   float sign, scale_log2;
-  bool aligned;  // every row of every tensor is readable in 16-byte pieces
+  bool aligned;     // every row of every tensor is readable in 16-byte pieces
+  bool bias_pairs;  // and of the bias, if there is one, two keys at a time
 };
 
 // `x`, for kv_idx >= 0. What is the same for every key tile, addresses above all, the compiler
@@ -69,6 +70,30 @@ struct BlockContext {
     const int64_t h = at.h + packed_row - q_idx * plan.pack;
     return (at.b * args.shape.H + h) * args.shape.S_q + q_idx;
   }
+  // The query and the head of row `row` of the tile; of one that does not exist, the last one's.
+  struct QueryRow {
+    int32_t b, h, q_idx;
+  };
+  __device__ __forceinline__ QueryRow query_row(int row, int32_t kv_begin) const {
+    const int32_t packed = min(tied(first_row(), kv_begin) + row, plan.rows - 1);
+    const int32_t q_idx = plan.query_of(packed);
+    return {tied(at.b, kv_begin), tied(at.h, kv_begin) + packed - q_idx * plan.pack, q_idx};
+  }
+  // Index of the bias of such a row, for key 0.
+  __device__ __forceinline__ int64_t bias_row(int row, int32_t kv_begin) const {
+    const QueryRow query = query_row(row, kv_begin);
+    const Bias& bias = args.bias;
+    return query.b * bias.stride_b + query.h * bias.stride_h + query.q_idx * bias.stride_q;
+  }
+  // Such a row as the generator of dropout counts it: heads among the B * H, by their low 32 bits.
+  struct DropoutRow {
+    uint32_t head;
+    int32_t q_idx;
+  };
+  __device__ __forceinline__ DropoutRow dropout_row(int row, int32_t kv_begin) const {
+    const QueryRow query = query_row(row, kv_begin);
+    return {query.b * static_cast<uint32_t>(args.shape.H) + query.h, query.q_idx};
+  }
   __device__ __forceinline__ void load_q() const {
     const RowSource<Element> q{args.q.row<const Element>(at.b, at.h, 0),
                                args.q.stride_s,
@@ -114,6 +139,12 @@ struct BlockContext {
         ptx::store_shared(address + 4 * w, finite);
       }
     }
+    return __syncthreads_or(found) != 0;
+  }
+  // Whether there are any: cheaper, and in all threads too.
+  __device__ __forceinline__ bool has_nonfinite_v() const {
+    constexpr int kBytes = kConfig.tile_n * kConfig.head_dim * 2;
+    const bool found = has_nonfinite<Element, kBytes, kConfig.threads(), 2>(v_smem);
     return __syncthreads_or(found) != 0;
   }
 };
@@ -192,7 +223,8 @@ __device__ __forceinline__ void store_split(const WarpTile<Element, kConfig>& wa
   }
 }
 
-template <typename Element, ForwardConfig kConfig>
+// kModified: whether the call may have a bias or dropout.
+template <bool kModified, typename Element, ForwardConfig kConfig>
 __device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem,
                                        WarpTile<Element, kConfig>& warp) {
   const TilePlan& plan = call.plan;
@@ -202,6 +234,13 @@ __device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem
 
   using Warp = WarpTile<Element, kConfig>;
   const auto query = [&](int r) { return plan.query_of(block.first_row() + Warp::row(r)); };
+  const bool has_bias = kModified && call.args.bias.exists();
+  const auto sees = [&](int r, int32_t kv_idx) {
+    if (!mask.visible(query(r), kv_idx)) return false;
+    if (!has_bias) return true;
+    const auto [b, h, q_idx] = block.query_row(Warp::row(r), kv_idx);
+    return !hides<Element>(call.args.bias, b, h, q_idx, kv_idx);
+  };
 
   const uint32_t q_base = Warp::q_base(block.q_smem), k_base = Warp::k_base(block.k_smem),
                  v_base = Warp::v_base(block.v_smem);
@@ -219,16 +258,29 @@ __device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem
     if (kv + kConfig.tile_n < keys.end) block.load_k(kv + kConfig.tile_n);
     if (call.sign != 1) warp.scale_scores(call.sign);
     bool nonfinite = false;
+    if (has_bias) {  // it may hide any pair
+      nonfinite = block.has_nonfinite_v();
+      if (nonfinite) block.clear_nonfinite_v();
+      warp.add_bias(
+          call.args.bias, [&](int r) { return block.bias_row(Warp::row(r), kv); }, call.bias_pairs,
+          kv, mask.s_kv, call.scale_log2);
+    }
     const int32_t q_tile = tied(block.at.q_tile, kv);
     if (mask.tile_needs_mask(plan.query_begin(q_tile), plan.query_end(q_tile), kv,
                              kv + kConfig.tile_n)) {
       warp.hide(mask, query, kv);
-      if (mask.is_banded()) nonfinite = block.clear_nonfinite_v();
+      if (mask.is_banded() && !has_bias) nonfinite = block.clear_nonfinite_v();
     }
-    warp.update_softmax(call.scale_log2);  // (E6)-(E8)
-    warp.multiply_pv(tied(v_base, kv));    // O += P V
+    warp.update_softmax(has_bias ? 1 : call.scale_log2);  // (E6)-(E8)
+    if constexpr (kModified) {
+      if (call.args.dropout.exists()) {
+        warp.drop(
+            call.args.dropout, [&](int r) { return block.dropout_row(Warp::row(r), kv); }, kv);
+      }
+    }
+    warp.multiply_pv(tied(v_base, kv));  // O += P V
     if (nonfinite) {
-      warp.add_nonfinite(mask, query, block.keys_of(call.args.v, call.args.shape.D_v, kv), kv,
+      warp.add_nonfinite(sees, block.keys_of(call.args.v, call.args.shape.D_v, kv), kv,
                          min(kv + kConfig.tile_n, mask.s_kv));
     }
   }
@@ -236,17 +288,22 @@ __device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem
 }
 
 // A kernel's own template arguments must be types and integers, hence not a ForwardConfig.
-template <typename Element, int kHeadDim, bool kForTuring>
-__global__ void __launch_bounds__((config_of<kHeadDim, kForTuring>().threads()),
-                                  (config_of<kHeadDim, kForTuring>().blocks_per_sm))
+// kModified: for calls with a bias or dropout. Compiled apart, because the plain kernel has no
+// register to spare and takes exponentials while P V begins, which a branch between them forbids.
+template <typename Element, int kHeadDim, bool kForTuring, bool kModified>
+__global__ void __launch_bounds__((config_of<kHeadDim, kForTuring, kModified>().threads()),
+                                  (config_of<kHeadDim, kForTuring, kModified>().blocks_per_sm))
     tensor_core_forward_kernel(const __grid_constant__ TensorCoreCall call) {
 #if defined(__CUDA_ARCH__)
   if constexpr (kForTuring == (__CUDA_ARCH__ < 800)) {
     extern __shared__ __align__(128) unsigned char smem[];
-    constexpr ForwardConfig kConfig = config_of<kHeadDim, kForTuring>();
+    constexpr ForwardConfig kConfig = config_of<kHeadDim, kForTuring, kModified>();
     const uint32_t smem_address = ptx::shared_address(smem);
     WarpTile<Element, kConfig> warp;
-    attend<Element, kConfig>(call, smem_address, warp);
+    attend<kModified>(call, smem_address, warp);
+    if (kModified && call.args.dropout.exists()) {
+      warp.scale_outputs(call.args.dropout.keep_scale());
+    }
     // Located anew: where the block stands takes no registers while the main loop runs.
     const BlockContext<Element, kConfig> block(call, ptx::block_index(), smem_address);
     if (call.plan.splits > 1) {

@@ -9,7 +9,8 @@
 
 namespace online_attention::cuda::portable {
 
-template <typename Element, int kHeadDim>
+// kModified: of calls with a bias or dropout.
+template <typename Element, int kHeadDim, bool kModified>
 Status launch_tensor_core(const ForwardArgs& args, const TilePlan& plan, const Launch& launch);
 
 }  // namespace online_attention::cuda::portable

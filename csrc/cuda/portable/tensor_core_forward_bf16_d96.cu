@@ -2,6 +2,6 @@
 #include "cuda/portable/tensor_core_launch.cuh"
 
 template online_attention::Status
-online_attention::cuda::portable::launch_tensor_core<__nv_bfloat16, 96>(const ForwardArgs&,
-                                                                        const TilePlan&,
-                                                                        const Launch&);
+online_attention::cuda::portable::launch_tensor_core<__nv_bfloat16, 96, false>(const ForwardArgs&,
+                                                                               const TilePlan&,
+                                                                               const Launch&);

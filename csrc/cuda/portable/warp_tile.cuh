@@ -4,9 +4,11 @@
 // cuda/fragment.cuh. Lane 4g + t; every thread holds rows g and g + 8 of each row atom.
 #pragma once
 
+#include "core/dropout.h"
 #include "core/mask.h"
 #include "core/softmax_row.h"
 #include "cuda/arithmetic.cuh"
+#include "cuda/bias.cuh"
 #include "cuda/fragment.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/ptx/ldmatrix.cuh"
@@ -139,6 +141,86 @@ struct WarpTile {
     }
   }
 
+  // Brings the scores to base-2 units and adds the bias. `row(r)` tells where the elements of
+  // register row r's query begin. Keys from s_kv on are not read: `hide` comes next and hides them.
+  template <typename Row>
+  __device__ __forceinline__ void add_bias(const Bias& bias, const Row& row, bool in_pairs,
+                                           int32_t kv_begin, int32_t s_kv, float scale_log2) {
+    const int32_t kv_lane = kv_begin + lane() % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t first = row(r) + kv_lane * bias.stride_kv;
+      with_bias_type<Element>(bias, [&](auto type) {
+        BiasPair<decltype(type)> pairs[kKeyTiles];
+        read_bias(pairs, bias, first, in_pairs, s_kv - kv_lane);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& score = scores[r / 2][n][r % 2 * 2 + j];
+            score = biased(rounded_product(score, scale_log2), pairs[n][j]);
+          }
+        }
+      });
+    }
+  }
+  // Of one row, from index `first` on. `keys`: how many keys there are from this lane's first on.
+  template <typename Type>
+  __device__ __forceinline__ static void read_bias(BiasPair<Type> (&pairs)[kKeyTiles],
+                                                   const Bias& bias, int64_t first, bool in_pairs,
+                                                   int32_t keys) {
+    const Type* from = static_cast<const Type*>(bias.data) + first;
+    if (in_pairs) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+        if (8 * n < keys) pairs[n].read(from + 8 * n);
+      }
+      return;
+    }
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+      if (8 * n < keys) pairs[n].read_one(0, from);
+      if (8 * n + 1 < keys) pairs[n].read_one(1, from + bias.stride_kv);
+      from += 8 * bias.stride_kv;
+    }
+  }
+
+  // Drops weights, after their sums have been absorbed. Of the tile's keys, eight of a row that one
+  // call of the generator serves are this lane's, in four neighbouring n8 tiles. `query(r)` tells
+  // the head, among the B * H, and the index of register row r's query.
+  template <typename Query>
+  __device__ __forceinline__ void drop(const Dropout& dropout, const Query& query,
+                                       int32_t kv_begin) {
+    constexpr int kGroupTiles = Dropout::kKeysOfGroup / 8;
+    static_assert(kKeyTiles % kGroupTiles == 0);
+    const int32_t first_call = Dropout::call_of(kv_begin + lane() % 4 * 2);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const auto [head, q_idx] = query(r);
+#pragma unroll
+      for (int group = 0; group < kKeyTiles / kGroupTiles; ++group) {
+        const int32_t call = first_call + group * (Dropout::kKeysOfGroup / Dropout::kKeysOfCall);
+        const Philox4x32 bits = dropout.bits(head, q_idx, call);
+#pragma unroll
+        for (int e = 0; e < Dropout::kKeysOfCall; ++e) {
+          float& weight = scores[r / 2][group * kGroupTiles + e / 2][r % 2 * 2 + e % 2];
+          weight = dropout.keeps(bits, e) ? weight : 0;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void scale_outputs(float factor) {
+#pragma unroll
+    for (int atom = 0; atom < kAtoms; ++atom) {
+#pragma unroll
+      for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[atom][d][c] *= factor;
+      }
+    }
+  }
+
   // Rows' maxima follow the scores in steps of at least 2^8, after which sums and outputs must be
   // rescaled: rarely after the first key tiles. Weights then reach 2^8 at most, which fp16 holds.
   static constexpr float kSlack = 8;
@@ -224,17 +306,17 @@ struct WarpTile {
 
   // Adds the Inf and NaN elements of a value tile, which multiply_pv has seen as zeros, to the rows
   // that see their keys. Exact weights are positive, so the sum is what the weighted one would be.
-  template <typename Query>
-  __device__ __forceinline__ void add_nonfinite(const Mask& mask, const Query& query,
-                                                const RowSource<Element>& v, int32_t kv_begin,
-                                                int32_t kv_end) {
+  // `sees(r, kv_idx)`: whether register row r does.
+  template <typename Sees>
+  __device__ __forceinline__ void add_nonfinite(const Sees& sees, const RowSource<Element>& v,
+                                                int32_t kv_begin, int32_t kv_end) {
 #pragma unroll 1
     for (int32_t kv_idx = kv_begin; kv_idx < kv_end; ++kv_idx) {
       const Element* v_row = v.row(kv_idx) + lane() % 4 * 2;
       const int length = v.length - lane() % 4 * 2;
       bool visible[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) visible[r] = mask.visible(query(r), kv_idx);
+      for (int r = 0; r < kRows; ++r) visible[r] = sees(r, kv_idx);
 #pragma unroll
       for (int i = 0; i < kDimTiles * 2; ++i) {
         const int column = i / 2 * 8 + i % 2;

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What forward.cpp and backward.cpp hand to their kernels of a call's bias and dropout. Not for the
+// files of the instruction sets; see query_tile.h.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/query_tile.h"
+
+namespace online_attention::cpu {
+
+// The bias of one query's first key.
+inline const void* bias_row(const Bias& bias, DType dtype, int64_t b, int64_t h, int64_t q_idx) {
+  const int64_t element = b * bias.stride_b + h * bias.stride_h + q_idx * bias.stride_q;
+  const int64_t bytes = bias.type == BiasType::boolean ? 1
+                        : bias.type == BiasType::f32   ? 4
+                                                       : element_bytes(dtype);
+  return static_cast<const std::byte*>(bias.data) + element * bytes;
+}
+
+inline DropoutState dropout_state(const Dropout& dropout) {
+  if (!dropout.exists()) return {};
+  return {true, dropout.state[0], static_cast<uint32_t>(dropout.state[1]),
+          static_cast<int32_t>(dropout.threshold), dropout.keep_scale<double>()};
+}
+
+}  // namespace online_attention::cpu

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/portable/simt_backward_keys_launch.cuh"
+
+namespace online_attention::cuda::portable {
+
+template Status launch_simt_backward_keys<double, 64, false, true>(const BackwardArgs&,
+                                                                   const BackwardPlan&,
+                                                                   const Launch&);
+
+}  // namespace online_attention::cuda::portable

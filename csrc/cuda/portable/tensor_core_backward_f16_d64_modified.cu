@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/portable/tensor_core_backward_launch.cuh"
+
+namespace online_attention::cuda::portable {
+
+template Status launch_tensor_core_backward<__half, 64, true>(const BackwardArgs&,
+                                                              const BackwardPlan&,
+                                                              const BackwardBuffers&, SmemClass,
+                                                              const Launch&);
+
+}  // namespace online_attention::cuda::portable
