@@ -17,23 +17,26 @@ struct Tile {
   int32_t reserved;
 };
 
-// Named barriers (ids of ptx::barrier_sync; 0 is the block's): whose turn it is to issue products, a
-// warpgroup by itself, and the inspectors.
+// Named barriers (ids of ptx::barrier_sync; 0 is the block's): whose turn it is to issue products,
+// a warpgroup by itself, and the inspectors.
 inline constexpr int kTurnBarrier = 1;   // + group
 inline constexpr int kGroupBarrier = 4;  // + group
 inline constexpr int kInspectorBarrier = 7;
 
-struct ForwardConfig {
-  int head_dim;     // D is padded up to this inside the kernel
-  int value_dim;    // D_v likewise
-  int tile_n;       // keys of a tile
-  int consumers;    // warpgroups that compute, of 64 query rows each
-  int stages;       // tiles of keys, and as many of values, in shared memory
-  int q_stages;     // query tiles there; with two, the next one is on its way
-  bool take_turns;  // consumers issue their products one after the other
+inline constexpr int kQBoxRows = 64;    // of a box of Q: a warpgroup's rows
+inline constexpr int kOutBoxRows = 16;  // of a box of the output: a warp's rows
 
-  static constexpr int kColumns = 64;           // of a box: 128 bytes, what a swizzled row holds
-  static constexpr int kRowBytes = 128;         // of such a box
+struct ForwardConfig {
+  int head_dim = 0;         // D is padded up to this inside the kernel
+  int value_dim = 0;        // D_v likewise
+  int tile_n = 0;           // keys of a tile
+  int consumers = 0;        // warpgroups that compute, of 64 query rows each
+  int stages = 0;           // tiles of keys, and as many of values, in shared memory
+  int q_stages = 0;         // query tiles there: one is computed, one stored, one on its way
+  bool take_turns = false;  // consumers issue their products one after the other
+
+  static constexpr int kColumns = 64;            // of a box: 128 bytes, what a swizzled row holds
+  static constexpr int kRowBytes = 128;          // of such a box
   static constexpr int kSmemBytes = 227 * 1024;  // what a block may have
 
   ONLINE_ATTENTION_HD constexpr int tile_m() const { return 64 * consumers; }
@@ -62,14 +65,31 @@ struct ForwardConfig {
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const { return flag_offset() + stages * 4; }
 
   // Registers of a thread after the warpgroups have settled; 64 K in all.
-  ONLINE_ATTENTION_HD constexpr int consumer_registers() const { return consumers == 3 ? 160 : 232; }
+  ONLINE_ATTENTION_HD constexpr int consumer_registers() const {
+    return consumers == 3 ? 160 : 232;
+  }
   ONLINE_ATTENTION_HD constexpr int producer_registers() const { return consumers == 3 ? 32 : 40; }
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = consumers * consumer_registers() + producer_registers();
+    // With two query tiles, one that sees a single key tile would wait for its own successor.
     return smem_bytes() <= kSmemBytes && value_boxes() <= head_boxes() && tile_n % 16 == 0 &&
-           registers * 128 <= 65536 && (consumers == 2 || consumers == 3);
+           registers * 128 <= 65536 && (consumers == 2 || consumers == 3) && q_stages >= 3;
   }
 };
+
+// Rows of kForward: what was measured against them stands in docs/hopper_forward.md.
+template <int kHeadDim>
+inline constexpr ForwardConfig kForward = {};
+template <>
+inline constexpr ForwardConfig kForward<64> = {
+    .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 3, .stages = 4, .q_stages = 3};
+template <>
+inline constexpr ForwardConfig kForward<96> = {
+    .head_dim = 96, .value_dim = 96, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 3};
+template <>
+inline constexpr ForwardConfig kForward<128> = {
+    .head_dim = 128, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 3};
+inline constexpr int64_t kHeadDimMax = 128;
 
 }  // namespace online_attention::cuda::hopper

@@ -18,9 +18,9 @@ struct Consumer {
   typename Map::QPlace q;
   uint32_t tiles = 0;  // key tiles whose scores are done; the values of the last are still to come
   WarpgroupTile<Element, kConfig> rows;
-  float inverse_sum[2];  // of the finished query tile
-  int finished = -1;     // the stage of a query tile whose outputs are to be stored
-  int stored = -1;       // the stage of one whose store may still read shared memory
+  float inverse_sum[2];    // of the finished query tile
+  int finished = -1;       // the stage of a query tile whose outputs are to be stored
+  int stored = -1;         // the stage of one whose store may still read shared memory
   bool nonfinite = false;  // some value of the query tile was, see inspect_values
 
   // The last key tile whose scores were started, and whether it is the first of its query tile and
@@ -106,9 +106,9 @@ struct Consumer {
     return rows.raise_maxima(call.scale_log2);
   }
 
-  // S = Q K^T of the next key tile runs with O += P V of the last, and the softmax of the next under
-  // the latter. Query tiles follow each other without a break: where the next key tile opens one,
-  // the outputs of the one before are stored under its second S = Q K^T.
+  // S = Q K^T of the next key tile runs with O += P V of the last, and the softmax of the next
+  // under the latter. Query tiles follow each other without a break: where the next key tile opens
+  // one, the outputs of the one before are stored under its second S = Q K^T.
   //
   // The branches in the softmax stand where they do because ptxas moves no instruction across one.
   // Without them it adds each probability to its sum as soon as it has issued the exponential, and

@@ -2,14 +2,14 @@
 // Forward attention on Hopper (FlashAttention-3, section 3).
 #pragma once
 
-#include "cuda/hopper/producer.cuh"
 #include "cuda/hopper/consumer.cuh"
+#include "cuda/hopper/producer.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 
 namespace online_attention::cuda::hopper {
 
 template <typename Element, ForwardConfig kConfig>
-__device__ __forceinline__ void forward(const ForwardCall& call, unsigned char* smem_base) {
+__device__ __forceinline__ void forward_block(const ForwardCall& call, unsigned char* smem_base) {
   const SharedMap<kConfig> smem{ptx::shared_address(smem_base), smem_base};
   if (threadIdx.x == 0) {
     smem.init_barriers();

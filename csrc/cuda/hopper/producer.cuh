@@ -24,7 +24,8 @@ __device__ __forceinline__ KvRange seen_by_all(const Mask& mask, int32_t q_begin
   const int64_t none = Mask::kUnbounded;
   const int64_t begin =
       mask.diagonal_min == -Mask::kUnbounded ? 0 : int64_t{q_end} - 1 + mask.diagonal_min;
-  const int64_t end = mask.diagonal_max == Mask::kUnbounded ? none : q_begin + int64_t{1} + mask.diagonal_max;
+  const int64_t end =
+      mask.diagonal_max == Mask::kUnbounded ? none : q_begin + int64_t{1} + mask.diagonal_max;
   return {static_cast<int32_t>(min(max(begin, int64_t{0}), none)),
           static_cast<int32_t>(max(min(end, int64_t{mask.s_kv}), int64_t{0}))};
 }
@@ -103,29 +104,6 @@ struct Loader {
     v.advance();
   }
 
-  // Brings the Q tile and one key tile with its values into the L2 cache, while the tile before is
-  // computed. The blocks that work on the other query tiles of the head bring the other key tiles.
-  __device__ __forceinline__ void prefetch(const Tile& tile) {
-    const int32_t h_kv = tile.h / call.plan.group;
-    const int32_t part = call.args.mask.is_banded()
-                             ? tile.kv_blocks - 1
-                             : tile.q_begin / kConfig.tile_m() % tile.kv_blocks;
-    const int32_t kv = tile.kv_begin + part * kConfig.tile_n;
-#pragma unroll
-    for (int c = 0; c < kConfig.head_boxes(); ++c) {
-#pragma unroll 1
-      for (int group = 0; group < kConfig.consumers; ++group) {
-        ptx::tma_prefetch(call.q.map, c * kColumns, tile.q_begin + 64 * group,
-                          tile.h * call.q.step_h, tile.b * call.q.step_b);
-      }
-      ptx::tma_prefetch(call.k.map, c * kColumns, kv, h_kv * call.k.step_h, tile.b * call.k.step_b);
-      if (c < kConfig.value_boxes()) {
-        ptx::tma_prefetch(call.v.map, c * kColumns, kv, h_kv * call.v.step_h,
-                          tile.b * call.v.step_b);
-      }
-    }
-  }
-
   // One thread. Keys come one tile before their values, in the order in which they are needed.
   __device__ __forceinline__ void run() {
     const auto tiles = static_cast<uint32_t>(call.plan.tiles());
@@ -147,7 +125,6 @@ struct Loader {
         const int32_t kv = tile.kv_begin + block * kConfig.tile_n;
         if (block >= 0) load_k(tile, h_kv, kv);
         if (block < blocks - 1) load_v(tile, h_kv, kv + kConfig.tile_n);
-        if (block == blocks - 2 && index < tiles) prefetch(tile_at<kConfig>(call, index));
       }
     }
   }
@@ -160,7 +137,8 @@ __device__ __forceinline__ void fill_empty_rows(const ForwardCall& call, int thr
   const int64_t behind = shape.S_q - call.last_row, rows = call.first_row + behind;
   const int64_t size = rows * shape.B * shape.H;
   constexpr int kThreads = kInspectors * 32;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + thread; i < size; i += int64_t{gridDim.x} * kThreads) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + thread; i < size;
+       i += int64_t{gridDim.x} * kThreads) {
     const int64_t head = i / rows, r = i % rows;
     const int64_t q_idx = r < call.first_row ? r : r + call.last_row - call.first_row;
     Element* out = call.args.out.row<Element>(head / shape.H, head % shape.H, q_idx);
@@ -169,8 +147,8 @@ __device__ __forceinline__ void fill_empty_rows(const ForwardCall& call, int thr
   }
 }
 
-// Whether the 16-byte pieces of a tile from `begin` to `end`, `step` apart, hold Inf or NaN: 0 times
-// one of them is NaN, which stays in a sum.
+// Whether the 16-byte pieces of a tile from `begin` to `end`, `step` apart, hold Inf or NaN: 0
+// times one of them is NaN, which stays in a sum.
 template <typename Element>
 __device__ __forceinline__ bool has_nonfinite(uint32_t begin, uint32_t end, uint32_t step) {
   using Pair = PairOf<Element>;

@@ -40,7 +40,9 @@ struct SharedMap {
   uint32_t base;  // a multiple of 1024
   unsigned char* generic;
 
-  __device__ __forceinline__ uint32_t q(int stage) const { return base + stage * kConfig.q_bytes(); }
+  __device__ __forceinline__ uint32_t q(int stage) const {
+    return base + stage * kConfig.q_bytes();
+  }
   __device__ __forceinline__ uint32_t k(int stage) const {
     return base + kConfig.k_offset() + stage * kConfig.k_bytes();
   }

@@ -11,12 +11,8 @@ struct TensorSizes {
   int64_t B, H, S, D;
 };
 
-// Whether the copy engine can address the tensor: rows on 16-byte boundaries, strides neither
-// negative nor beyond its 2^40 bytes.
-bool is_addressable(const View& view, const TensorSizes& sizes, int64_t element_bytes);
-
 // Boxes of `box_rows` rows and 64 columns of 16-bit elements, swizzled over 128 bytes. Takes what
-// is_addressable.
+// runs_forward calls addressable.
 Status describe(const View& view, const TensorSizes& sizes, DType dtype, int box_rows,
                 TensorBox& box);
 

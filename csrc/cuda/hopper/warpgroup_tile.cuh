@@ -41,8 +41,8 @@ struct WarpgroupTile {
   uint32_t p[kScores / 2];
   SoftmaxRow<float> softmax[2];
   float alpha[2];
-  bool huge;      // some row's maximum is beyond kFusedUpTo
-  float factor;   // of the scores of this tile: scale_log2, or 1 if they have been multiplied
+  bool huge;     // some row's maximum is beyond kFusedUpTo
+  float factor;  // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
   // Read anew at every call: addresses made of them would stay in registers all the time.
   __device__ __forceinline__ static int lane() {
@@ -122,8 +122,8 @@ struct WarpgroupTile {
     huge = false;
   }
 
-  // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought to
-  // the new ones, by alpha: rarely after the first tiles.
+  // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
+  // to the new ones, by alpha: rarely after the first tiles.
   __device__ __forceinline__ bool raise_maxima(float scale_log2) {
     float tile_max[2];
     bool beyond = false;

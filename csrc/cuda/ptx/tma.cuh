@@ -27,14 +27,6 @@ __device__ __forceinline__ void tma_load(uint32_t shared_dst, const CUtensorMap&
       : "memory");
 }
 
-// cp.async.bulk.prefetch.tensor.4d.L2.global.tile (PTX 8.0, sm_90): a load that ends in the L2 cache.
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, int32_t c0, int32_t c1,
-                                             int32_t c2, int32_t c3) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map),
-               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
-}
-
 // cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group (PTX 8.0, sm_90). What lies outside
 // the tensor is not written. Needs fence_async_proxy by whoever wrote the shared memory.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t shared_src, int32_t c0,

@@ -24,39 +24,22 @@ Encode encoder() {
   return encode;
 }
 
-constexpr int64_t kStrideUnit = 16;                  // bytes
-constexpr int64_t kStrideLimit = int64_t{1} << 40;  // bytes
-
 // A dimension as the map has it: broadcast ones shrink to size 1.
 struct Dimension {
   uint64_t size, stride_bytes;
 };
 Dimension dimension(int64_t size, int64_t stride, int64_t element_bytes) {
-  if (size == 1 || stride == 0) return {1, kStrideUnit};
+  if (size == 1 || stride == 0) return {1, 16};  // any multiple of 16
   return {static_cast<uint64_t>(size), static_cast<uint64_t>(stride * element_bytes)};
-}
-
-bool is_stride(int64_t size, int64_t stride, int64_t element_bytes) {
-  if (size == 1) return true;
-  const int64_t bytes = stride * element_bytes;
-  return stride >= 0 && stride < kStrideLimit && bytes % kStrideUnit == 0 && bytes < kStrideLimit;
 }
 
 }  // namespace
 
-bool is_addressable(const View& view, const TensorSizes& sizes, int64_t element_bytes) {
-  // Rows that are one and the same have no stride in a map.
-  if (sizes.S > 1 && view.stride_s == 0) return false;
-  return reinterpret_cast<uintptr_t>(view.data) % kStrideUnit == 0 &&
-         is_stride(sizes.B, view.stride_b, element_bytes) &&
-         is_stride(sizes.H, view.stride_h, element_bytes) &&
-         is_stride(sizes.S, view.stride_s, element_bytes);
-}
-
 Status describe(const View& view, const TensorSizes& sizes, DType dtype, int box_rows,
                 TensorBox& box) {
   const Encode encode = encoder();
-  if (encode == nullptr) return "the CUDA driver is too old for tensor maps: it must be 12.0 or newer";
+  if (encode == nullptr)
+    return "the CUDA driver is too old for tensor maps: it must be 12.0 or newer";
   const int64_t bytes = element_bytes(dtype);
   const Dimension s = dimension(sizes.S, view.stride_s, bytes),
                   h = dimension(sizes.H, view.stride_h, bytes),
@@ -73,7 +56,8 @@ Status describe(const View& view, const TensorSizes& sizes, DType dtype, int box
       view.data, size, stride, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return error == CUDA_SUCCESS ? kOk : "the CUDA driver refused to describe a tensor to the copy engine";
+  return error == CUDA_SUCCESS ? kOk
+                               : "the CUDA driver refused to describe a tensor to the copy engine";
 }
 
 }  // namespace online_attention::cuda::hopper
