@@ -242,7 +242,7 @@ struct Consumer {
 
   // Adds the Inf and NaN elements of values that the mask cuts, which the product has seen as
   // zeros, to the warp's rows that see their keys, at `target` in shared memory. Exact weights are
-  // positive, so the sum is what the weighted one would be, and nothing else counts beside it.
+  // positive, so the sum is what the weighted one would be, whenever it is taken.
   __device__ __forceinline__ void add_nonfinite(const Tile& tile, int32_t q_idx, uint32_t target) {
     const ForwardArgs& args = call.args;
     __syncwarp();
@@ -262,6 +262,7 @@ struct Consumer {
       const int chunk = column / 8 % 8 ^ row % 8;
       const uint32_t address = target + column / 64 * kBoxBytes + row * ForwardConfig::kRowBytes +
                                chunk * 16 + column % 8 * 2;
+      sum += static_cast<float>(ptx::load_shared_element<Element>(address));  // may be NaN already
       ptx::store_shared_element(address, static_cast<Element>(sum));
     }
   }

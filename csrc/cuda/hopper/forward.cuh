@@ -1,5 +1,29 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Forward attention on Hopper (FlashAttention-3, section 3).
+// Forward attention on Hopper (FlashAttention-3, section 3). docs/hopper_forward.md has the
+// schedule and what was measured.
+//
+// One block for each SM goes from query tile to query tile (64 rows for each consumer). Its
+// warpgroups:
+//   0        producer. Warp 0: one thread walks the tiles and starts every copy (Loader).
+//            Warps 1 to 3 look through values that a mask cuts (inspect_values).
+//   1 ..     consumers: scores, softmax and outputs of their own rows, in registers (Consumer).
+//
+// Shared memory: q_stages query tiles, stages tiles of keys, stages of values, each in boxes of 64
+// columns (128 bytes a row, swizzled); barriers; a Tile for each query tile. Outputs leave through
+// the query tile they belong to.
+//
+// Barriers (mbarrier, one for each stage):
+//   q_full     loader, and its bytes     -> consumers, inspectors: the query tile and its Tile
+//   q_empty    every consumer warp after its outputs were read, every inspector -> loader
+//   k_full     loader, and its bytes     -> consumers
+//   k_empty    every consumer warp, after its S = Q K^T -> loader
+//   v_full     loader, and its bytes; for values that a mask cuts the inspectors -> consumers
+//   v_landed   loader, and its bytes; only for those     -> inspectors
+//   v_empty    every consumer warp, after its O += P V   -> loader
+// Named: kTurnBarrier, kGroupBarrier, kInspectorBarrier (config.h).
+//
+// Registers, of 168 a thread at the start with two consumers (128 with three): 232 (160) a
+// consumer, of which S takes tile_n / 2, P tile_n / 4 and O value_dim / 2; 40 (32) a producer.
 #pragma once
 
 #include "cuda/hopper/consumer.cuh"
