@@ -58,7 +58,7 @@ def warnings(printed: dict[str, list[str]]) -> list[str]:
         f"{target}: {line}"
         for target, lines in printed.items()
         for line in lines
-        if re.search(r"ptxas (warning|error)|serialized", line)
+        if re.search(r"ptxas (warning|error)|serialized|setmaxnreg", line)
     ]
 
 

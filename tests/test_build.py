@@ -197,3 +197,5 @@ def test_the_log_is_understood():
     assert rebuilt == [ptxas.Function("x/a.cu.o", "f", 0, 0, 0)]
     warning = "ptxas info: (C7510) wgmma is serialized due to ...\n"
     assert ptxas.warnings(ptxas.outputs(old + warning)) != []
+    ignored = "ptxas info : (C7508) Potential Performance Loss: 'setmaxnreg' ignored ...\n"
+    assert ptxas.warnings(ptxas.outputs(old + ignored)) != []
