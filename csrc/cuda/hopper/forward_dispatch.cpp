@@ -40,19 +40,24 @@ const Bucket& bucket_of(const Shape& shape) {
 constexpr int64_t kUnit = 16;                     // bytes: what TMA addresses are multiples of
 constexpr int64_t kStrideEnd = int64_t{1} << 40;  // bytes
 
-bool is_stride(int64_t size, int64_t stride, bool may_be_zero) {
-  if (size <= 1) return true;
-  if (stride == 0) return may_be_zero;
-  constexpr int64_t kBytes = 2;  // of an element
-  return stride > 0 && stride < kStrideEnd / kBytes && stride * kBytes % kUnit == 0;
-}
+// What the strides of one tensor have to be. A dimension of size 1 has none that matters, but a
+// batch of one must be judged as the batch it may have been cut from, if that is to change nothing.
+struct Addressing {
+  bool strides_of_one_matter;
 
-// [B, H, S, D] of 16-bit elements. Heads and batches may be broadcast.
-bool is_addressable(const View& view, int64_t B, int64_t H, int64_t S, int64_t D) {
-  return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && D % 8 == 0 &&
-         is_stride(B, view.stride_b, true) && is_stride(H, view.stride_h, true) &&
-         is_stride(S, view.stride_s, false);
-}
+  bool takes(int64_t size, int64_t stride, bool may_be_zero) const {
+    constexpr int64_t kBytes = 2;  // of an element
+    if (size <= 1 && !strides_of_one_matter) return true;
+    if (stride == 0) return may_be_zero;
+    return stride > 0 && stride < kStrideEnd / kBytes && stride * kBytes % kUnit == 0;
+  }
+  // [B, H, S, D]. Heads and batches may be broadcast.
+  bool takes(const View& view, int64_t B, int64_t H, int64_t S, int64_t D) const {
+    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && D % 8 == 0 &&
+           takes(B, view.stride_b, true) && takes(H, view.stride_h, true) &&
+           takes(S, view.stride_s, false);
+  }
+};
 
 // A grid that leaves most of the device idle, while there are keys to split: not here.
 bool wants_splits(const ForwardArgs& args, const Device& device) {
@@ -70,10 +75,10 @@ bool runs_forward(const ForwardArgs& args, const Device& device) {
   const Shape& s = args.shape;
   if (args.bias.exists() || args.dropout.exists()) return false;
   if (s.S_q < kRowsMin || s.S_kv == 0 || wants_splits(args, device)) return false;
-  return is_addressable(args.q, s.B, s.H, s.S_q, s.D) &&
-         is_addressable(args.k, s.B, s.H_kv, s.S_kv, s.D) &&
-         is_addressable(args.v, s.B, s.H_kv, s.S_kv, s.D_v) &&
-         is_addressable(args.out, s.B, s.H, s.S_q, s.D_v);
+  const Addressing tma{args.batch_invariant};
+  return tma.takes(args.q, s.B, s.H, s.S_q, s.D) && tma.takes(args.k, s.B, s.H_kv, s.S_kv, s.D) &&
+         tma.takes(args.v, s.B, s.H_kv, s.S_kv, s.D_v) &&
+         tma.takes(args.out, s.B, s.H, s.S_q, s.D_v);
 }
 
 // The counter of tiles taken; see ForwardCall.
