@@ -137,9 +137,7 @@ def test_gradients_of_the_drop_in_are_torchs(target: Target, shape: tuple[int, .
 @pytest.mark.targets(**FP64)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 2, 3)], ids=str)
 @pytest.mark.parametrize("enable_gqa", [False, True])
-def test_gradients_of_masks_of_other_ranks(
-    target: Target, lead: tuple[int, ...], enable_gqa: bool
-):
+def test_gradients_of_masks_of_other_ranks(target: Target, lead: tuple[int, ...], enable_gqa: bool):
     """Also of a mask that folds in no way, and is used part by part."""
     if enable_gqa and not lead:
         pytest.skip("grouped heads need a dimension of heads")
