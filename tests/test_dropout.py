@@ -70,7 +70,7 @@ def test_kept_pairs_are_those_of_philox(target: Target, p: float):
         assert torch.equal(out != 0, kept)
         weight = OUTCOMES / (OUTCOMES - threshold_of(p)) / S_kv
         eps = torch.finfo(target.dtype).eps
-        torch.testing.assert_close(out.double(), kept * weight, rtol=4 * eps, atol=0)
+        torch.testing.assert_close(out.double(), kept.double() * weight, rtol=4 * eps, atol=0)
 
 
 def test_the_state_alone_decides(target: Target):
