@@ -61,6 +61,9 @@ def attention(
                 _TransformedAttention, q, k, v, bias, rng, *settings, dropout_p, deterministic
             )
     elif torch.compiler.is_dynamo_compiling():
+        # Dynamo traces no Function that is given the same tensor twice.
+        v = v.view_as(v) if v is q or v is k else v
+        k = k.view_as(k) if k is q else k
         function: Any = _ModifiedAttention if modifiers else _Attention
         result = function.apply(q, k, v, scale, alignment, left, right, deterministic, *modifiers)
     elif modifiers:
