@@ -5,7 +5,7 @@
 
 Without --model it builds a small Llama with random weights and gives it random tokens: nothing is
 downloaded, and every attention must choose the same tokens. With --model, a name on the hub or a
-folder, it continues --prompt. Needs the package transformers: pip install 'transformers>=4.53'.
+folder, it continues --prompt. Needs the package transformers: pip install 'transformers>=4.56'.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import online_attention
+import online_attention.compat.flash_attn
+from tolerance import assert_bitwise_equal
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "migration.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -30,6 +35,13 @@ def transposed(*tensors: Tensor) -> list[Tensor]:
 def check_sdpa(names: Names) -> None:
     due = theirs(names["q"], names["k"], names["v"], ~names["hidden"])
     torch.testing.assert_close(names["out"], due)
+
+
+def check_enabled(names: Names) -> None:
+    q, k, v = names["q"], names["k"], names["v"]
+    ours = online_attention.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_bitwise_equal(names["out"], ours)
+    torch.testing.assert_close(ours, theirs(q, k, v, causal=True))
 
 
 def check_module(names: Names) -> None:
@@ -67,6 +79,7 @@ def check_transformers(names: Names) -> None:
 
 CHECKS: dict[str, Callable[[Names], None]] = {
     "from torch.nn.functional import": check_sdpa,
+    "online_attention.enabled()": check_enabled,
     "from torch.nn import": check_module,
     "from flash_attn import": check_flash_attn,
     "from xformers.ops import": check_xformers,
@@ -87,3 +100,10 @@ def test_examples_give_what_they_replace(key: str):
     names: Names = {}
     exec(example, names)
     CHECKS[key](names)
+
+
+@pytest.mark.parametrize("module", [online_attention.nn, online_attention.compat.flash_attn])
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0

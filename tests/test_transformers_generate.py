@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip(
-    "transformers", minversion="4.53", reason="needs transformers, of the extra [test]"
+    "transformers", minversion="4.56", reason="needs transformers, of the extra [test]"
 )
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,7 +111,7 @@ def test_a_missing_transformers_is_named(
     monkeypatch.delattr("online_attention.integrations.transformers", raising=False)
     with pytest.raises(SystemExit):
         example.main(TINY)
-    assert "pip install 'transformers>=4.53'" in capsys.readouterr().err
+    assert "pip install 'transformers>=4.56'" in capsys.readouterr().err
 
 
 def test_the_default_device_is_there(example: ModuleType):

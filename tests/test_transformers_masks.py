@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_models import (
+    HAS_RANGES,
     integration,
+    model_of,
     padded,
     pair_of,
     recorded_calls,
@@ -24,6 +26,7 @@ from rows import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fp32 = pytest.mark.targets(dtypes=(torch.float32,))
+ranges = pytest.mark.skipif(not HAS_RANGES, reason="this transformers tells masks no lengths")
 BOTTOM_RIGHT, TOP_LEFT = 1, 0
 
 
@@ -146,6 +149,7 @@ def test_packed_sequences_by_their_positions(target: Target):
 
 
 @fp32
+@ranges
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_prefill_is_a_causal_range_over_real_keys(target: Target, side: str):
@@ -159,6 +163,7 @@ def test_a_padded_prefill_is_a_causal_range_over_real_keys(target: Target, side:
 
 
 @fp32
+@ranges
 @torch.no_grad()
 @pytest.mark.parametrize("attention_mask", [None, "ones"])
 def test_a_prefill_into_a_cache_is_a_causal_range(target: Target, attention_mask: str | None):
@@ -198,6 +203,7 @@ def ignoring_third_key(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
 
 
 @fp32
+@ranges
 @pytest.mark.parametrize("q_offset", [0, 3])
 @pytest.mark.parametrize("kv_length", [9, 12])
 def test_a_range_is_its_mask(target: Target, q_offset: int, kv_length: int):
@@ -220,6 +226,7 @@ def test_a_range_is_its_mask(target: Target, q_offset: int, kv_length: int):
 
 
 @fp32
+@ranges
 def test_what_is_not_the_models_own_causal_mask_is_run_as_a_mask(target: Target):
     q, k, v = qkv(target.device, 9, 9)
     changed = mask_of(target.device)
@@ -239,6 +246,7 @@ def test_what_is_not_the_models_own_causal_mask_is_run_as_a_mask(target: Target)
 
 
 @fp32
+@ranges
 @torch.no_grad()
 def test_a_mask_of_other_sizes_than_the_layer_is_no_range(target: Target):
     q, k, v = qkv(target.device, 4, 9)
@@ -283,7 +291,7 @@ def test_a_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch):
     name = "online_attention.integrations.transformers"
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, name)
-    sentence = r"needs the package transformers, 4\.53 or newer.*pip install 'transformers>=4\.53'"
+    sentence = r"needs the package transformers, 4\.56 or newer.*pip install 'transformers>=4\.56'"
     with pytest.raises(ImportError, match=sentence):
         importlib.import_module(name)
 
@@ -342,6 +350,27 @@ def test_masks_that_are_none(mask: object, kind: type[Exception], sentence: str)
     q, k, v = qkv("cpu")
     with pytest.raises(kind, match=sentence):
         attend(layer(), q, k, v, mask)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}]
+)
+def test_a_scale_that_does_not_arrive_is_refused(settings: dict[str, bool]):
+    q, k, v = qkv("cpu")
+    attend(layer(**settings), q, k, v, None, scaling=0.3)
+    with pytest.raises(NotImplementedError, match="scaling is None although scale_attn_weights or"):
+        attend(layer(**settings), q, k, v, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_would_misread_the_masks_is_refused(compiled: bool):
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)
+    model = model_of(config, integration.NAME, "cpu")
+    forward = torch.compile(model, backend="eager") if compiled else model
+    sentence = "models of BloomConfig compute their attention themselves and call no other"
+    with pytest.raises(NotImplementedError, match=sentence):
+        forward(tokens_of("cpu"))
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def main(rank: int, file: str, device: str) -> None:
         init_method=f"file://{file}",
         rank=rank,
         world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=120),
     )
     mesh = init_device_mesh(device, (WORLD,))
     outcomes = {}

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/fragment.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/row_source.cuh"
@@ -116,6 +117,24 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const RowSource<Element
       store_chunk(target, source, exists ? count : 0);
     }
   }
+}
+
+// Whether this thread's share of kBytes of elements holds Inf or NaN. All kThreads threads; kUnroll
+// chunks of 16 bytes at a time.
+template <typename Element, int kBytes, int kThreads, int kUnroll = kBytes / kThreads / kChunkBytes>
+__device__ __forceinline__ bool has_nonfinite(uint32_t address) {
+  using Pair = PairOf<Element>;
+  Pair sum = zero_pair<Element>();
+#pragma unroll kUnroll
+  for (int at = 0; at < kBytes; at += kThreads * kChunkBytes) {
+    uint32_t words[4];
+    ptx::load_shared(words, address + at + threadIdx.x * kChunkBytes);
+#pragma unroll
+    for (const uint32_t word : words) {
+      sum = __hfma2(reinterpret_cast<const Pair&>(word), zero_pair<Element>(), sum);
+    }
+  }
+  return !__hbeq2(sum, sum);  // Inf * 0 and NaN * 0 are NaN
 }
 
 // Writes a tile to rows [first, first + kRows) in 16-byte pieces. All kThreads threads.

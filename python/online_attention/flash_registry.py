@@ -245,7 +245,7 @@ def _check(
     num_splits: int | None = None,
 ) -> None:
     """Refuse what torch's operators may be asked for and ours do not compute."""
-    asked = [name for name, argument in unbuilt.items() if argument is not None]
+    asked = [name for name, x in unbuilt.items() if not (x is None or x is False)]
     if num_splits is not None and num_splits > 1:
         asked.append("num_splits above 1")
     if return_debug_mask:

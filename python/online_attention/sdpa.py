@@ -75,11 +75,12 @@ def scaled_dot_product_attention(
         )
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         checks.check_tensors(NAMES[:3], query, key, value)
+    q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
     if (
-        query.dim() == key.dim() == value.dim() == 4
-        and query.size(0) == key.size(0) == value.size(0)
-        and key.size(1) == value.size(1)
-        and (enable_gqa or query.size(1) == key.size(1))
+        len(q_shape) == len(k_shape) == len(v_shape) == 4
+        and q_shape[0] == k_shape[0]
+        and k_shape[:2] == v_shape[:2]
+        and (enable_gqa or q_shape[1] == k_shape[1])
     ):  # already (B, H, S, D), with nothing to broadcast
         return forward(
             query,

@@ -6,6 +6,7 @@ PYBIND11_MODULE(whitebox, module) {
   whitebox::bind_softmax_row(module);
   whitebox::bind_mask(module);
   whitebox::bind_problem(module);
+  whitebox::bind_dropout(module);
   whitebox::bind_tile_plan(module);
   whitebox::bind_backward_plan(module);
 }

@@ -32,22 +32,34 @@ struct BackwardPairs {
       keys[r] = b * bias.stride_b + h * bias.stride_h +
                 min(kv_begin + Tile::key(r), last_key) * bias.stride_kv;
     }
-    with_bias_type<Element>(bias, [&](auto type) {
-      const auto* elements = static_cast<const decltype(type)*>(bias.data);
+    // A few n8 tiles at a time: as many loads in flight as registers allow.
+    constexpr int kTogether = Tile::kQueryTiles < 4 ? Tile::kQueryTiles : 4;
 #pragma unroll
-      for (int n = 0; n < Tile::kQueryTiles; ++n) {
+    for (int first = 0; first < Tile::kQueryTiles; first += kTogether) {
+      float added[kTogether][8];
+      with_bias_type<Element>(bias, [&](auto type) {
+        const auto* elements = static_cast<const decltype(type)*>(bias.data);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int64_t row = min(q_begin + Tile::query(n) + j, last_query) * bias.stride_q;
+        for (int n = 0; n < kTogether; ++n) {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            float& x = s[r / 2][n][r % 2 * 2 + j];
-            const float score = max_or_nan(rounded_product(x, call.factor_log2), kLowestScore);
-            x = biased(score, elements[row + keys[r]]);
+          for (int e = 0; e < 8; ++e) {
+            const int32_t q_idx = q_begin + Tile::query(first + n) + e / 4;
+            const int64_t row = min(q_idx, last_query) * bias.stride_q;
+            added[n][e] = bias_of<float>(elements[row + keys[e % 4]]);
           }
         }
+      });
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int r = e % 4;
+          float& x = s[r / 2][first + n][r % 2 * 2 + e / 4];
+          const float score = max_or_nan(rounded_product(x, call.factor_log2), kLowestScore);
+          x = biased(score, added[n][e]);
+        }
       }
-    });
+    }
   }
 
   // Changes the sign of P of dropped pairs: dV takes them as 0, dS needs their size. The four keys

@@ -286,28 +286,13 @@ struct BackwardTile {
   __device__ __forceinline__ void mark_nonfinite_keys() {
     if (threadIdx.x < kConfig.tile_n) ptx::store_shared(key_marks() + 4 * threadIdx.x, 0u);
     __syncthreads();
-    marked = __syncthreads_or(has_nonfinite<kConfig.kv_tile_bytes()>(k_smem())) != 0;
+    marked = __syncthreads_or(
+                 has_nonfinite<Element, kConfig.kv_tile_bytes(), kConfig.threads()>(k_smem())) != 0;
     if (!marked) return;
     clear_nonfinite<kConfig.kv_tile_bytes()>(k_smem(), [&](int at) {
       ptx::store_shared(key_marks() + 4 * (at / Rows::kRowBytes), 0x7fffffffu);
     });
     __syncthreads();
-  }
-  // Of this thread's share of the tile.
-  template <int kBytes>
-  __device__ __forceinline__ static bool has_nonfinite(uint32_t tile) {
-    using Pair = PairOf<Element>;
-    Pair sum = zero_pair<Element>();
-#pragma unroll
-    for (int at = 0; at < kBytes; at += kConfig.threads() * kChunkBytes) {
-      uint32_t words[4];
-      ptx::load_shared(words, tile + at + threadIdx.x * kChunkBytes);
-#pragma unroll
-      for (const uint32_t word : words) {
-        sum = __hfma2(reinterpret_cast<const Pair&>(word), zero_pair<Element>(), sum);
-      }
-    }
-    return !__hbeq2(sum, sum);  // Inf * 0 and NaN * 0 are NaN
   }
   __device__ __forceinline__ void add_key_marks(Scores& s) const {
 #pragma unroll
@@ -332,6 +317,12 @@ struct BackwardTile {
     for (int32_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
       const Element* row = dout + q_idx * call.args.dout.stride_s;
       const KvRange seen = call.args.mask.kv_range(q_idx, q_idx + 1);
+      bool sees[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int32_t kv_idx = kv_begin + key(r);
+        sees[r] = kv_idx >= seen.begin && kv_idx < seen.end && !hidden(q_idx, kv_idx);
+      }
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
 #pragma unroll
@@ -341,9 +332,7 @@ struct BackwardTile {
           if (isfinite(value)) continue;
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
-            const int32_t kv_idx = kv_begin + key(r);
-            if (kv_idx < seen.begin || kv_idx >= seen.end || hidden(q_idx, kv_idx)) continue;
-            dv[r / 2][n][r % 2 * 2 + j] += value;
+            if (sees[r]) dv[r / 2][n][r % 2 * 2 + j] += value;
           }
         }
       }

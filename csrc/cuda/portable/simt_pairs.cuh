@@ -10,8 +10,8 @@ namespace online_attention::cuda::portable {
 template <typename Real>
 inline constexpr Real kLowest = std::numeric_limits<Real>::lowest();
 
-// x, in a way that keeps what is computed from it out of the registers between two tiles: the
-// compiler would take it out of the loop over them.
+// x, as if it were new: what is computed from it the compiler cannot take out of a loop over tiles,
+// where it would hold registers for all of the loop.
 __device__ __forceinline__ int32_t anew(int32_t x) {
   asm volatile("" : "+r"(x));
   return x;

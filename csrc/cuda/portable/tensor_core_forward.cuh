@@ -141,6 +141,12 @@ struct BlockContext {
     }
     return __syncthreads_or(found) != 0;
   }
+  // Whether there are any: cheaper, and in all threads too.
+  __device__ __forceinline__ bool has_nonfinite_v() const {
+    constexpr int kBytes = kConfig.tile_n * kConfig.head_dim * 2;
+    const bool found = has_nonfinite<Element, kBytes, kConfig.threads(), 2>(v_smem);
+    return __syncthreads_or(found) != 0;
+  }
 };
 
 // Writes the warp's rows: through the Q tile, of which each warp reads and writes its own rows
@@ -253,7 +259,8 @@ __device__ __forceinline__ void attend(const TensorCoreCall& call, uint32_t smem
     if (call.sign != 1) warp.scale_scores(call.sign);
     bool nonfinite = false;
     if (has_bias) {  // it may hide any pair
-      nonfinite = block.clear_nonfinite_v();
+      nonfinite = block.has_nonfinite_v();
+      if (nonfinite) block.clear_nonfinite_v();
       warp.add_bias(
           call.args.bias, [&](int r) { return block.bias_row(Warp::row(r), kv); }, call.bias_pairs,
           kv, mask.s_kv, call.scale_log2);

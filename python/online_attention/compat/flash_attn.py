@@ -101,19 +101,23 @@ def flash_attn_func(
     checks.check_flags(
         causal=causal, deterministic=deterministic, return_attn_probs=return_attn_probs
     )
-    checks.check_tensors(checks.NAMES[:3], q, k, v)
-    _check_shapes(q, k, v)
     _check_unbuilt(softcap, alibi_slopes)
-    out, lse = attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        causal=_is_causal(window_size, causal, q.shape[1], k.shape[1]),
-        scale=_scale(softmax_scale),
-        return_lse=True,
-        dropout_p=dropout_p,
-        deterministic=True if deterministic else None,
-    )
+    try:
+        out, lse = attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            causal=_is_causal(window_size, causal, q.shape[1], k.shape[1]),
+            scale=_scale(softmax_scale),
+            return_lse=True,
+            dropout_p=dropout_p,
+            deterministic=True if deterministic else None,
+        )
+    except Exception:  # said in the words of this layout: `attention` shows shapes transposed
+        fault = _fault_of(q, k, v)
+        if fault is None:
+            raise
+        raise fault from None
     out = out.transpose(1, 2)
     return (out, lse, None) if return_attn_probs else out
 
@@ -135,16 +139,13 @@ def flash_attn_kvpacked_func(
     Args:
         q: ``(B, S_q, H, D)``; float16, bfloat16, float32 or float64.
         kv: ``(B, S_k, 2, H_k, D)``, of the dtype and device of ``q``; ``H % H_k == 0``.
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs: As those of :func:`flash_attn_func`.
+        dropout_p, softmax_scale, ...: As those of :func:`flash_attn_func`.
 
     Returns:
         As :func:`flash_attn_func`; the gradient of ``kv`` is one tensor.
 
     Raises:
-        TypeError: As :func:`flash_attn_func`.
-        ValueError: As :func:`flash_attn_func`, and for a ``kv`` of another shape.
-        NotImplementedError: As :func:`flash_attn_func`.
+        TypeError, ValueError, NotImplementedError: As :func:`flash_attn_func`.
 
     Example:
         >>> import torch
@@ -185,16 +186,13 @@ def flash_attn_qkvpacked_func(
 
     Args:
         qkv: ``(B, S, 3, H, D)``; float16, bfloat16, float32 or float64.
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs: As those of :func:`flash_attn_func`.
+        dropout_p, softmax_scale, ...: As those of :func:`flash_attn_func`.
 
     Returns:
         As :func:`flash_attn_func`; the gradient of ``qkv`` is one tensor.
 
     Raises:
-        TypeError: As :func:`flash_attn_func`.
-        ValueError: As :func:`flash_attn_func`, and for a ``qkv`` of another shape.
-        NotImplementedError: As :func:`flash_attn_func`.
+        TypeError, ValueError, NotImplementedError: As :func:`flash_attn_func`.
 
     Example:
         >>> import torch
@@ -334,8 +332,17 @@ def _check_packed(name: str, packed: object, count: int, shape: str) -> None:
         )
 
 
+def _fault_of(q: Tensor, k: Tensor, v: Tensor) -> Exception | None:
+    """What is wrong with the tensors, if anything is."""
+    try:
+        checks.check_tensors(checks.NAMES[:3], q, k, v)
+        _check_shapes(q, k, v)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return error
+    return None
+
+
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Sizes in the words of this layout: `attention` would show them transposed."""
     shapes = ("(B, S_q, H, D)", "(B, S_k, H_k, D)", "(B, S_k, H_k, D_v)")
     for name, shape, tensor in zip(checks.NAMES[:3], shapes, (q, k, v), strict=True):
         if tensor.dim() != 4:

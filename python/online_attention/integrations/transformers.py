@@ -29,8 +29,8 @@ try:
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
     raise ImportError(
-        "online_attention.integrations.transformers needs the package transformers, 4.53 or newer, "
-        f"but importing it failed ({error}): install it with: pip install 'transformers>=4.53'"
+        "online_attention.integrations.transformers needs the package transformers, 4.56 or newer, "
+        f"but importing it failed ({error}): install it with: pip install 'transformers>=4.56'"
     ) from error
 
 NAME = "online_attention"
@@ -129,6 +129,8 @@ def attention_forward(
         ValueError: Shapes or devices do not fit together.
     """
     _check_arguments(attention_mask, kwargs)
+    if scaling is None:
+        _check_scaling(module)
     if attention_mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -297,6 +299,17 @@ def _check_arguments(attention_mask: object, kwargs: dict[str, Any]) -> None:
             "attention_mask must have 4 dimensions (B, H or 1, S_q, S_kv) when it reaches a layer, "
             f"but its shape is {tuple(attention_mask.shape)}: this model makes no masks for "
             'other implementations, use attn_implementation="sdpa".'
+        )
+
+
+def _check_scaling(module: nn.Module) -> None:
+    """Refuse GPT-2's own scales under versions of transformers that give them to eager alone."""
+    weighted = getattr(module, "scale_attn_weights", True)
+    if not weighted or getattr(module, "scale_attn_by_inverse_layer_idx", False):
+        raise NotImplementedError(
+            "scaling is None although scale_attn_weights or scale_attn_by_inverse_layer_idx of the "
+            "layer asks for a scale of its own: upgrade transformers, or use "
+            'attn_implementation="eager".'
         )
 
 
