@@ -3,6 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
+template BackwardTile simt_backward_tile<double, 64>();
 template Status launch_simt_backward_keys<double, 64, false, true>(const BackwardArgs&,
                                                                    const BackwardPlan&,
                                                                    const Launch&);
