@@ -12,8 +12,8 @@
 // kColumns columns of the gradients, and larger head dims take several blocks, each with the scores
 // computed again. kAligned: rows of all inputs are readable in 16-byte pieces.
 //
-// kModified: the call has a bias or dropout. The bias is added to S; P of a pair that dropout drops
-// changes its sign, since dV takes it as 0 and dS takes its value.
+// kModified: the call may have a bias or dropout. The bias is added to S; P of a pair that dropout
+// drops changes its sign, since dV takes it as 0 and dS takes its value.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -7,8 +7,8 @@
 // through shared memory in slices of D, V in slices of keys, each loaded while the one before is
 // multiplied. Probabilities go through shared memory from the score layout to the output layout.
 //
-// kModified: the call has a bias or dropout. Calls without, which need every register, have a
-// kernel of their own.
+// kModified: the call may have a bias or dropout. fp32 calls without, which need every register,
+// have kernels of their own.
 #pragma once
 
 #include "cuda/portable/simt_forward_block.cuh"
