@@ -199,13 +199,13 @@ def test_what_is_not_built_is_no_failure(attention_script, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("which_pass", ["forward", "backward"])
-def test_masks_given_as_tensors_are_checked(attention_script, tmp_path, which_pass: str):
+def test_masks_given_as_tensors_are_checked(attention_script, cases, tmp_path, which_pass: str):
     argv = ["--device", "cpu", "--suite", "masks", "--head-dim", "64", "--dtype", "fp32"]
     argv += ["--pass", which_pass, "--check-only", "--quiet", "--out", str(tmp_path)]
     assert attention_script.main(argv) == 0
     (path,) = tmp_path.glob("*.json")
     rows = json.loads(path.read_text())["rows"]
-    assert [row["case"]["bias"] for row in rows] == ["none", *attention_script.SUITES_BIASES]
+    assert [row["case"]["bias"] for row in rows] == ["none", *cases.BIASES]
     tensors = {"out", "lse"} if which_pass == "forward" else {"dq", "dk", "dv"}
     for row in rows:
         assert row["status"] == "ok"
