@@ -11,6 +11,8 @@
 // The only place of the project where a build with CUDA kernels differs from one without.
 #if ONLINE_ATTENTION_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/forward.h"
 #include "cuda/merge.h"
 #include "cuda/portable/backward.h"
 #include "cuda/portable/forward.h"
@@ -31,7 +33,18 @@ int64_t no_workspace(const Args&, const Device&) {
 
 constexpr Runner kRunners[] = {
 #if ONLINE_ATTENTION_WITH_CUDA
-    // Rows for sm_90a stand here, before the portable ones.
+    // sm_90a runs on compute capability 9.0 alone. No backward pass of its own.
+    {.name = "cuda.hopper.wgmma",
+     .device = DeviceKind::cuda,
+     .arch_min = 90,
+     .arch_max = 90,
+     .dtypes = kHalfTypes,
+     .head_dim_max = cuda::hopper::kHeadDimMax,
+     .forward = {cuda::hopper::forward_workspace_bytes, cuda::hopper::forward},
+     .backward = {cuda::portable::tensor_core_backward_workspace_bytes,
+                  cuda::portable::tensor_core_backward},
+     .runs_forward = cuda::hopper::runs_forward,
+     .leaves = "a bias, dropout, fewer than 64 queries or rows off 16-byte boundaries"},
     {.name = "cuda.portable.tensor_core",
      .device = DeviceKind::cuda,
      .arch_min = 80,
@@ -153,6 +166,16 @@ const Runner* find(DType dtype, const Shape& shape, const Device& device) {
   return nullptr;
 }
 
+const Pass<ForwardArgs>& find_forward(const ForwardArgs& args, const Device& device) {
+  const Runner* last = nullptr;
+  for (const Runner& row : runners()) {
+    if (!takes(row, args.dtype, args.shape, device)) continue;
+    last = &row;
+    if (row.runs_forward == nullptr || row.runs_forward(args, device)) break;
+  }
+  return last->forward;
+}
+
 std::string explain(DType dtype, const Shape& shape, const Device& device) {
   const Runner* chosen = find(dtype, shape, device);
   const Runner* nearest = nullptr;  // the first row for this device that does not take the problem
@@ -168,6 +191,10 @@ std::string explain(DType dtype, const Shape& shape, const Device& device) {
   };
   if (chosen != nullptr) {
     std::string sentence = std::string(chosen->name) + " runs this problem.";
+    if (chosen->leaves != nullptr) {
+      sentence +=
+          std::string(" Forward calls with ") + chosen->leaves + " run on " + chosen[1].name + ".";
+    }
     return nearest == nullptr ? sentence : sentence + " " + clause(*nearest);
   }
   if (nearest == nullptr) nearest = of_device;

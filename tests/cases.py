@@ -129,6 +129,11 @@ STRESS = [
     Case("long-keys", 2, 20011, H=1, mask=CAUSAL),
     Case("long-square", 1021, 1031, H=1, mask=CAUSAL),
     Case("long-full", 509, 2053, H=1),
+    # More query tiles than processors, so that a block computes several.
+    Case("many-tiles", 67, 140, B=4, H=36, D=64),
+    Case("many-tiles-causal", 200, 200, B=2, H=36, H_kv=12, D=64, mask=CAUSAL),
+    Case("many-tiles-window", 140, 190, B=2, H=34, D=128, mask=Mask(left=70, right=5)),
+    Case("many-empty-tiles", 500, 130, H=34, D=128, mask=CAUSAL),
 ]
 
 HEAD_DIMS = [1, 3, 8, 17, 40, 64, 80, 96, 128, 160, 192, 256, 257, 320, 576]

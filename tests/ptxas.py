@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,8 +58,18 @@ def warnings(printed: dict[str, list[str]]) -> list[str]:
         f"{target}: {line}"
         for target, lines in printed.items()
         for line in lines
-        if re.search(r"ptxas (warning|error)|serialized", line)
+        if re.search(r"ptxas (warning|error)|serialized|setmaxnreg", line)
     ]
+
+
+def disassembler() -> str | None:
+    """cuobjdump, of a toolkit on PATH or of one from PyPI; None if there is none."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    toolkits = importlib.util.find_spec("nvidia")
+    places = toolkits.submodule_search_locations or [] if toolkits else []
+    found_here = (next(Path(place).glob("cu*/bin/cuobjdump"), None) for place in places)
+    return next((str(path) for path in found_here if path), None)
 
 
 def of_build(build: Path) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,28 @@ def test_ptxas_has_no_warning(printed: dict[str, list[str]]):
     assert ptxas.warnings(printed) == []
 
 
+# wgmma instructions of a Hopper kernel, by head dim: three S = Q K^T of D / 16 each (the first of a
+# block, a step with masks, a step without) and three O += P V of 128 keys / 16. More of them means
+# that the compiler has copied the main loop, fewer that it is not there.
+HOPPER_PRODUCTS = {head_dim: 3 * (head_dim // 16) + 3 * (128 // 16) for head_dim in (64, 96, 128)}
+
+
+def test_hopper_kernels_hold_their_products(printed: dict[str, list[str]]):
+    objects = [target for target in printed if "/hopper/forward_" in target]
+    assert len(objects) == 2 * len(HOPPER_PRODUCTS)
+    cuobjdump = ptxas.disassembler()
+    if cuobjdump is None:
+        pytest.skip("there is no cuobjdump here")
+    for target in objects:
+        sass = subprocess.run(
+            [cuobjdump, "-sass", BUILD / target], capture_output=True, text=True, check=True
+        ).stdout
+        found = re.search(r"_d(\d+)\.cu", target)
+        assert found is not None
+        assert sass.count("HGMMA.64x") == HOPPER_PRODUCTS[int(found[1])], target
+        assert "USETMAXREG" in sass
+
+
 def test_the_log_is_understood():
     old = "[1/2] nvcc -c a.cu -o x/a.cu.o\nptxas info    : Function properties for f\n"
     old += "    8 bytes stack frame, 4 bytes spill stores, 2 bytes spill loads\n"
@@ -176,3 +199,5 @@ def test_the_log_is_understood():
     assert rebuilt == [ptxas.Function("x/a.cu.o", "f", 0, 0, 0)]
     warning = "ptxas info: (C7510) wgmma is serialized due to ...\n"
     assert ptxas.warnings(ptxas.outputs(old + warning)) != []
+    ignored = "ptxas info : (C7508) Potential Performance Loss: 'setmaxnreg' ignored ...\n"
+    assert ptxas.warnings(ptxas.outputs(old + ignored)) != []

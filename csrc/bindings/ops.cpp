@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
   const double scale = checked_scale(scale_or_default, problem.shape);
   const Mask mask = mask_of(problem.shape, alignment, window_left, window_right);
   const Site site(q_any);
-  const Runner& runner = runner_of(problem, site.launch.device);
+  runner_of(problem, site.launch.device);  // or a sentence why there is none
 
   const Tensor q = with_contiguous_rows(q_any);
   const Tensor k = with_contiguous_rows(k_any);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_any, const Tensor& k_any, con
                               .dropout = dropout_of(dropout_p, rng, q_any),
                               .scale = ScoreScale::from(scale, problem.dtype),
                               .batch_invariant = batch_invariant};
-    run(runner.forward, args, site, q);
+    run(find_forward(args, site.launch.device), args, site, q);
   }
   return {out, lse};
 }

@@ -33,6 +33,7 @@ uint32_t section_heads(const ForwardArgs& args, const TilePlan& plan) {
 
 int32_t wanted_splits(const ForwardArgs& args, const TilePlan& plan, const TileShape& tile,
                       int multiprocessors) {
+  if (!tile.splits) return 1;
   const auto kv_tiles = static_cast<int32_t>(ceil_div<int64_t>(args.shape.S_kv, tile.n));
   const int32_t most =
       std::min({kMaxSplits, kv_tiles / kMinTilesPerSplit, std::max(1, kMaxSplitRows / plan.rows)});
@@ -53,7 +54,8 @@ TilePlan plan_tiles(const ForwardArgs& args, const TileShape& tile, int multipro
   plan.tile_m = tile.m;
   plan.tile_n = tile.n;
   plan.group = static_cast<int32_t>(s.group());
-  plan.pack = s.S_q < tile.m && plan.group <= TilePlan::kMaxPack ? plan.group : 1;
+  const bool packs = tile.packs && s.S_q < tile.m && plan.group <= TilePlan::kMaxPack;
+  plan.pack = packs ? plan.group : 1;
   static_assert(uint64_t{TilePlan::kMaxPack} * TilePlan::kMaxPack * 255 < uint64_t{1} << 32);
   if (plan.pack > 1) plan.pack_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / plan.pack + 1);
   plan.rows = static_cast<int32_t>(s.S_q * plan.pack);

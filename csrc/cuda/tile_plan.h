@@ -97,6 +97,8 @@ struct TileShape {
   int32_t m, n;           // rows and keys of a tile
   int32_t column_blocks;  // ceil(D_v / the columns that one block computes)
   int32_t blocks_per_sm;  // resident at once
+  bool packs = true;      // several heads' rows in one tile
+  bool splits = true;     // one row's keys over several blocks
 };
 
 // Chooses packing, splits and order. Depends on lengths alone if args.batch_invariant. Callers keep

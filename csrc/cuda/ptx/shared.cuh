@@ -41,4 +41,21 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
+// ld.shared.b16; of a 16-bit element.
+template <typename Element>
+__device__ __forceinline__ Element load_shared_element(uint32_t address) {
+  static_assert(sizeof(Element) == 2);
+  uint16_t bits;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(bits) : "r"(address) : "memory");
+  return reinterpret_cast<const Element&>(bits);
+}
+
+// st.shared.b16; of a 16-bit element.
+template <typename Element>
+__device__ __forceinline__ void store_shared_element(uint32_t address, Element x) {
+  static_assert(sizeof(Element) == 2);
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(reinterpret_cast<const uint16_t&>(x))
+               : "memory");
+}
+
 }  // namespace online_attention::cuda::ptx

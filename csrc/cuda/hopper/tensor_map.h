@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Describing a tensor to the copy engine (TMA).
+#pragma once
+
+#include "core/launch.h"
+#include "cuda/hopper/call.h"
+
+namespace online_attention::cuda::hopper {
+
+struct TensorSizes {
+  int64_t B, H, S, D;
+};
+
+// Boxes of `box_rows` rows and 64 columns of 16-bit elements, swizzled over 128 bytes. Takes what
+// runs_forward calls addressable.
+Status describe(const View& view, const TensorSizes& sizes, DType dtype, int box_rows,
+                TensorBox& box);
+
+}  // namespace online_attention::cuda::hopper

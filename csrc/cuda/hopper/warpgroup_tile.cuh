@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What a consumer warpgroup holds in registers, 64 query rows, and what it does with them.
+//
+// Accumulator of m64nN (fp32, N / 2 registers): warp w, lane 4g + t holds in register 4n + 2h + j
+//     row 16w + g + 8h, column 8n + 2t + j
+// so a thread has two rows (h) and the four lanes of equal g (a quad) hold them whole. Registers
+// 8k .. 8k + 7, rounded and paired, are the A operand of the k-th 16 columns: probabilities go from
+// one product into the next without leaving their thread.
+#pragma once
+
+#include "core/mask.h"
+#include "core/softmax_row.h"
+#include "cuda/arithmetic.cuh"
+#include "cuda/fragment.cuh"
+#include "cuda/hopper/config.h"
+#include "cuda/ptx/special.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma_rs.cuh"
+#include "cuda/ptx/wgmma_ss.cuh"
+
+namespace online_attention::cuda::hopper {
+
+// Describes a tile of rows of 128 bytes, swizzled as the copy engine leaves it, to wgmma: 1024
+// bytes from 8 rows to the next 8; `box_bytes` from one box of 64 columns to the next, which counts
+// only where the columns are the product's N.
+__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address, uint32_t box_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | (uint64_t{box_bytes >> 4} << 16) | (address >> 4);
+}
+
+template <typename Element, ForwardConfig kConfig>
+struct WarpgroupTile {
+  static constexpr int kScores = kConfig.tile_n / 2;
+  static constexpr int kOuts = kConfig.value_dim / 2;
+  static constexpr float kSlack = 8;  // see SoftmaxRow::raise_lazily
+
+  float scores[kScores];
+  float out[kOuts];
+  uint32_t p[kScores / 2];
+  SoftmaxRow<float> softmax[2];
+  float alpha[2];
+  bool huge;     // some row's maximum is beyond kFusedUpTo
+  float factor;  // of the scores of this tile: scale_log2, or 1 if they have been multiplied
+
+  // Read anew at every call: addresses made of them would stay in registers all the time.
+  __device__ __forceinline__ static int lane() {
+    return static_cast<int>(ptx::thread_index() % 32u);
+  }
+  __device__ __forceinline__ static int warp() {
+    return static_cast<int>(ptx::thread_index() / 32u % 4u);
+  }
+  // The row of register row h, of the warpgroup's 64.
+  __device__ __forceinline__ static int row(int h) { return 16 * warp() + lane() / 4 + 8 * h; }
+
+  // Starts S = Q K^T.
+  __device__ __forceinline__ void start_scores(uint32_t q, uint32_t k) {
+    const uint64_t q_tile = smem_descriptor(q, 0), k_tile = smem_descriptor(k, 0);
+    ptx::held(scores);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
+      const int box = step / 4, in_box = step % 4 * 2;  // in units of 16 bytes
+      ptx::wgmma_ss<Element>(scores, q_tile + box * (64 * 128 / 16) + in_box,
+                             k_tile + box * (kConfig.tile_n * 128 / 16) + in_box, step != 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Starts O += P V, or O = P V.
+  __device__ __forceinline__ void start_out(uint32_t v, bool accumulate) {
+    const uint64_t v_tile = smem_descriptor(v, kConfig.tile_n * 128);
+    ptx::held(p);
+    ptx::held(out);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kConfig.tile_n / 16; ++step) {
+      ptx::wgmma_rs<Element>(out, p + 4 * step, v_tile + step * (16 * 128 / 16),
+                             step != 0 || accumulate);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void scale_scores(float factor) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) scores[i] = rounded_product(scores[i], factor);
+  }
+
+  // Hides what the mask hides: those scores become -inf, whatever they were.
+  __device__ __forceinline__ void hide(const Mask& mask, int32_t q_begin, int32_t kv) {
+    const int32_t kv_lane = kv + lane() % 4 * 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t q_idx = q_begin + row(h);
+      const KvRange seen = mask.kv_range(q_idx, q_idx + 1);
+      const int32_t begin = seen.begin - kv_lane, end = seen.end - kv_lane;
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (8 * n + j >= end) scores[4 * n + 2 * h + j] = -kInfinity<float>;
+        }
+      }
+      if (!__any_sync(0xffffffffu, begin > -8)) continue;  // begin + 2 * lane > 0 for some lane
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (8 * n + j < begin) scores[4 * n + 2 * h + j] = -kInfinity<float>;
+        }
+      }
+    }
+  }
+
+  // No key has been seen.
+  __device__ __forceinline__ void reset_softmax() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      softmax[h] = {};
+    }
+    huge = false;
+  }
+
+  // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
+  // to the new ones, by alpha: rarely after the first tiles.
+  __device__ __forceinline__ bool raise_maxima(float scale_log2) {
+    float tile_max[2];
+    bool beyond = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float even = scores[2 * h], odd = scores[2 * h + 1];  // two chains are faster than one
+#pragma unroll
+      for (int n = 1; n < kConfig.tile_n / 8; ++n) {
+        even = max_of(even, scores[4 * n + 2 * h]);
+        odd = max_of(odd, scores[4 * n + 2 * h + 1]);
+      }
+      tile_max[h] = quad_max(max_of(even, odd));
+      beyond |= tile_max[h] * scale_log2 - softmax[h].m > kSlack;
+    }
+    const bool raised = __any_sync(0xffffffffu, beyond || huge);
+    factor = scale_log2;
+    if (raised) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        alpha[h] = softmax[h].raise_lazily(tile_max[h] * scale_log2, kSlack);
+        softmax[h].absorb(alpha[h], 0);
+      }
+      huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
+                                         fabsf(softmax[1].base()) > kFusedUpTo<float>);
+      if (huge) {
+        scale_scores(scale_log2);
+        factor = 1;
+      }
+    }
+    return raised;
+  }
+
+  // Half of the tile's columns, first or second: its registers.
+  static constexpr int kMiddle = kScores / 16 * 8;
+  template <int kHalf>
+  static constexpr int kBegin = kHalf == 0 ? 0 : kMiddle;
+  template <int kHalf>
+  static constexpr int kEnd = kHalf == 0 ? kMiddle : kScores;
+
+  // (E7) The scores of one half become probabilities.
+  template <int kHalf>
+  __device__ __forceinline__ void weigh() {
+#pragma unroll
+    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) {
+      scores[i] = softmax[i / 2 % 2].weight(scores[i] * factor);
+    }
+  }
+  // (E8) for the sums, which stay spread over the quad, and P of one half, rounded: not while a
+  // product reads the last one.
+  template <int kHalf>
+  __device__ __forceinline__ void absorb() {
+    float sum[4] = {};
+#pragma unroll
+    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) sum[i % 4] += scores[i];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sum[2 * h] + sum[2 * h + 1]);
+#pragma unroll
+    for (int i = kBegin<kHalf> / 2; i < kEnd<kHalf> / 2; ++i) {
+      p[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kOuts; ++i) out[i] *= factor[i / 2 % 2];
+  }
+
+  // Writes the warp's 16 rows of the output, rounded, to its boxes of shared memory; `rows` is
+  // where the first box has them, `box_bytes` the distance to the next box.
+  __device__ __forceinline__ void write_out(uint32_t rows, uint32_t box_bytes) const {
+    const int at = lane(), in_matrix = at % 8;
+    const uint32_t target = rows + (at / 8 % 2 * 8 + in_matrix) * ForwardConfig::kRowBytes;
+#pragma unroll
+    for (int n = 0; n < kConfig.value_dim / 8; n += 2) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = pack_pair<Element>(out[4 * n + 2 * i], out[4 * n + 2 * i + 1]);
+      }
+      const int chunk = (n % 8 + at / 16) ^ in_matrix;
+      ptx::stmatrix_x4(target + n / 8 * box_bytes + chunk * 16, words);
+    }
+  }
+};
+
+}  // namespace online_attention::cuda::hopper
