@@ -153,7 +153,7 @@ def fp32(device_type: str) -> list[Case]:
 def masks(device_type: str) -> list[Case]:
     """Masks given as tensors, beside none at all."""
     lengths = (1024, 4096) if device_type == "cuda" else (512,)
-    tokens = GRID_TOKENS if device_type == "cuda" else 2048
+    tokens = GRID_TOKENS if device_type == "cuda" else 1024
     width = GRID_WIDTH if device_type == "cuda" else 256
     return [
         replace(_square("masks", tokens // length, width // d, length, d, False), bias=bias)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-COLOURS = {"online_attention": "#000000", "sdpa": "#E69F00"}
+COLOURS = {"online_attention": "#000000", "sdpa": "#E69F00", "enabled": "#56B4E9"}
 INSTALL = "install it with: pip install '.[bench]'"
 
 

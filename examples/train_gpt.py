@@ -5,8 +5,9 @@
 
 The text is Python's own documentation of the language (pydoc's topics), which comes with Python;
 --text takes a file of yours. With two names after --impl, as by default, the same model is trained
-twice from the same seed: the two loss curves differ by rounding alone. A run of about a minute on
-two CPU cores; for a GPU, --context 1024 --layers 8 --heads 8 --width 512 --batch 32 --dtype bf16.
+twice from the same seed: the two loss curves differ by rounding alone. The name `enabled` trains
+with torch's call as it stands, inside `online_attention.enabled()`. A run of about a minute on two
+CPU cores; for a GPU, --context 1024 --layers 8 --heads 8 --width 512 --batch 32 --dtype bf16.
 Ctrl-C ends the training, and what there is by then is still shown and written. The weights are not
 kept. Progress bar and plot need rich and matplotlib: pip install '.[bench]'.
 """
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _curves import INSTALL, Curve, Display, comparison, summary, write_plot
-from _gpt import ATTENTIONS, GPT, Sizes
+from _gpt import ATTENTIONS, GPT, Sizes, routed
 
 RIGHT, INTERRUPTED = 0, 130
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -290,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     curves: list[Curve] = []
     with display.shown():
         for name in options.impl:
-            curves.append(Trainer(name, text, options).train(display))
+            with routed(name):
+                curves.append(Trainer(name, text, options).train(display))
             if curves[-1].interrupted:
                 break
     compared = comparison(curves)

@@ -198,6 +198,21 @@ def test_what_is_not_built_is_no_failure(attention_script, tmp_path, monkeypatch
     }
 
 
+@pytest.mark.parametrize("which_pass", ["forward", "backward"])
+def test_masks_given_as_tensors_are_checked(attention_script, cases, tmp_path, which_pass: str):
+    argv = ["--device", "cpu", "--suite", "masks", "--head-dim", "64", "--dtype", "fp32"]
+    argv += ["--pass", which_pass, "--check-only", "--quiet", "--out", str(tmp_path)]
+    assert attention_script.main(argv) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"]["bias"] for row in rows] == ["none", *cases.BIASES]
+    tensors = {"out", "lse"} if which_pass == "forward" else {"dq", "dk", "dv"}
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["check"]["errors"]["ours"].keys() == tensors
+        assert "sdpa" in row["check"]["errors"]
+
+
 def test_host_suite_times_the_log_sum_exp_and_the_drop_in_too(attention_script, tmp_path):
     argv = ["--device", "cpu", "--suite", "host", "--rounds", "2", "--min-time", "0", "--full"]
     argv += ["--baselines", "sdpa", "--quiet", "--no-plot", "--out", str(tmp_path)]

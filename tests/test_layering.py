@@ -19,6 +19,7 @@ LAYERS = {
     "cuda/ptx": {"core", "cuda/ptx"},
     "cuda": {"core", "cuda/ptx", "cuda"},
     "cuda/portable": {"core", "cuda/ptx", "cuda", "cuda/portable"},
+    "cuda/portable/instances": {"cuda/portable"},
     "cuda/hopper": {"core", "cuda/ptx", "cuda", "cuda/hopper"},
     "": {"core", "cpu", "cuda", "cuda/portable", "cuda/hopper", ""},
     "bindings": {"core", "cpu", "", "bindings"},

@@ -58,10 +58,9 @@ def assert_trains_alike(function, module: torch.nn.Module, x: Tensor) -> None:
 recompiling_fails = torch._dynamo.config.patch(error_on_recompile=True)
 
 
-@every_model
 @recompiling_fails
-def test_a_compiled_block_trains_as_the_eager_one(model: type):
-    module = model()
+def test_a_compiled_block_trains_as_the_eager_one():
+    module = Block()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in LENGTHS:
         assert_trains_alike(compiled, module, input_of(length))
@@ -69,7 +68,7 @@ def test_a_compiled_block_trains_as_the_eager_one(model: type):
 
 @recompiling_fails
 def test_a_marked_length_is_compiled_once():
-    module = Block()
+    module = Projected()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for length in LENGTHS:
         x = input_of(length)
@@ -98,7 +97,7 @@ def test_padding_and_dropout_are_compiled_too():
 
 def test_a_length_that_varies_is_compiled_twice():
     """Once for the first length, once for all others: torch's default."""
-    module = Block()
+    module = Projected()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     compiled(input_of(LENGTHS[0]))
     with recompiling_fails, pytest.raises(torch._dynamo.exc.RecompileError):
@@ -131,7 +130,7 @@ def test_inductor_compiles_forward_and_backward():
         return 2 * attention(*qkv.unbind(0), causal=True)
 
     compiled = torch.compile(packed, fullgraph=True, dynamic=True)
-    for length in LENGTHS:
+    for length in LENGTHS[:2]:
         qkv = torch.randn(3, 2, 2, length, 8, requires_grad=True)
         mine, due = compiled(qkv), packed(qkv)
         torch.testing.assert_close(mine, due)

@@ -112,6 +112,22 @@ def test_one_graph_serves_every_length(target: Target):
 
 
 @pytest.mark.targets(**ONE_TYPE_EACH)
+@pytest.mark.parametrize("places", [(0, 0, 0), (0, 1, 1), (0, 0, 1), (0, 1, 0)], ids=str)
+def test_compiled_gradients_of_one_tensor_in_two_places(target: Target, places):
+    leaves = [x.requires_grad_() for x in inputs_of(target, 5, 5)[:2]]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return attention(*(tensors[i] for i in places), causal=True).square().sum()
+
+    torch._dynamo.reset()  # the code of `loss` is compiled for every row
+    used = [leaves[i] for i in sorted(set(places))]
+    due = torch.autograd.grad(loss(*leaves), used)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for mine, x in zip(torch.autograd.grad(compiled(*leaves), used), due, strict=True):
+        torch.testing.assert_close(mine, x)
+
+
+@pytest.mark.targets(**ONE_TYPE_EACH)
 def test_export_round_trip_with_dynamic_lengths(target: Target, tmp_path):
     class Attention(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

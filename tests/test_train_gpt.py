@@ -60,6 +60,19 @@ def test_both_attentions_train_alike(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_enabled_routes_torchs_call_to_ours(train_gpt: ModuleType, tmp_path: Path):
+    before = train_gpt.F.scaled_dot_product_attention
+    losses = {}
+    for names in (["online_attention", "enabled"], ["sdpa"]):
+        argv = [*TINY, "--kv-heads", "4", "--impl", *names, "--quiet", "--no-plot"]
+        assert train_gpt.main([*argv, "--out", str(tmp_path)]) == 0
+        for curve in record_of(tmp_path)["curves"]:
+            losses[curve["attention"]] = curve["training"]
+    assert losses["enabled"] == losses["online_attention"]
+    assert losses["enabled"] != losses["sdpa"]  # by rounding
+    assert train_gpt.F.scaled_dot_product_attention is before
+
+
 def test_a_model_learns_and_shows_it(
     train_gpt: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -278,7 +278,9 @@ void Backward::set_row(QueryRows& rows, int row, int64_t b, int64_t h, int64_t q
   rows.visible[row] = args_.mask.kv_range(q, q + 1);
   rows.head[row] = static_cast<uint32_t>(b * s.H + h);
   rows.q_idx[row] = static_cast<uint32_t>(q_idx);
-  if (args_.bias.exists()) rows.bias[row] = bias_row(args_.bias, args_.dtype, b, h, q_idx);
+  if (!args_.bias.exists()) return;
+  rows.bias[row] = bias_row(args_.bias, args_.dtype, b, h, q_idx);
+  rows.visible[row] = without_hidden_ends(args_.bias, rows.bias[row], rows.visible[row]);
 }
 
 }  // namespace

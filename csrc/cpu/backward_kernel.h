@@ -198,8 +198,8 @@ class TileBackward : TileScores<Isa, Element> {
                            {first + cell.begin, first + smaller(cell.end, keys_)});
   }
 
-  // What tells the hidden pairs of a cell: there are none; the rows' ranges; scores of -inf. Only
-  // in the last case there may be dropout.
+  // What tells the hidden pairs of a cell: there are none; the rows' ranges; scores of -inf, of
+  // which a visible pair has no weight either. Only in the last case there may be dropout.
   enum class Look { at_nothing, at_ranges, at_pairs };
 
   template <int kRows, Look kLook>

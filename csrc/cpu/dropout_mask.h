@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which keys dropout keeps, for one instruction set: bit for bit what core/dropout.h says, several
-// calls at once. (E43), (E44)
+// calls at once. (E44)
 #pragma once
 
 #include "cpu/query_tile.h"

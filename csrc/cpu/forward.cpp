@@ -133,14 +133,19 @@ QueryTile Forward::query_tile(int64_t task) const {
     for (int64_t q_idx = q_begin; q_idx < q_end; ++q_idx) set_row(tile, tile.rows++, b, h, q_idx);
   }
   const auto first = static_cast<int32_t>(q_begin), last = static_cast<int32_t>(q_end);
-  tile.some_row_sees = args_.mask.kv_range(first, last);
+  const KvRange of_mask = args_.mask.kv_range(first, last);
   tile.in_place = QueryTile::multiplied_in_place(s);
-  tile.all_rows_see = tile.some_row_sees;
+  tile.all_rows_see = of_mask;
+  tile.some_row_sees = {of_mask.end, of_mask.begin};
   for (int row = 0; row < tile.rows; ++row) {
     const KvRange visible = tile.visible[row];
     tile.all_rows_see.begin = std::max(tile.all_rows_see.begin, visible.begin);
     tile.all_rows_see.end = std::min(tile.all_rows_see.end, visible.end);
+    if (visible.size() == 0) continue;
+    tile.some_row_sees.begin = std::min(tile.some_row_sees.begin, visible.begin);
+    tile.some_row_sees.end = std::max(tile.some_row_sees.end, visible.end);
   }
+  if (tile.some_row_sees.size() == 0) tile.some_row_sees = {};
   tile.k = static_cast<const std::byte*>(args_.k.data) +
            (b * args_.k.stride_b + kv_head * args_.k.stride_h) * element_bytes(args_.dtype);
   tile.v = static_cast<const std::byte*>(args_.v.data) +
@@ -172,7 +177,9 @@ void Forward::set_row(QueryTile& tile, int row, int64_t b, int64_t h, int64_t q_
   tile.visible[row] = args_.mask.kv_range(q, q + 1);
   tile.head[row] = static_cast<uint32_t>(b * s.H + h);
   tile.q_idx[row] = static_cast<uint32_t>(q_idx);
-  if (args_.bias.exists()) tile.bias[row] = bias_row(args_.bias, args_.dtype, b, h, q_idx);
+  if (!args_.bias.exists()) return;
+  tile.bias[row] = bias_row(args_.bias, args_.dtype, b, h, q_idx);
+  tile.visible[row] = without_hidden_ends(args_.bias, tile.bias[row], tile.visible[row]);
 }
 
 }  // namespace

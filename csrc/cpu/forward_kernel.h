@@ -302,9 +302,9 @@ class TileForward {
 
   template <int kRows>
   void finish(Block<kRows> block) const {
+    const auto keep_scale = static_cast<Real>(tile_.dropout.keep_scale);
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
-      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() *
-                                           static_cast<Real>(tile_.dropout.keep_scale));  // (E9)
+      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() * keep_scale);  // (E9), (E45)
       const Real* from = out_row(row);
       Element* to = static_cast<Element*>(tile_.out[row]);
       int64_t d = 0;

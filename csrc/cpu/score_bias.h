@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What becomes of raw scores before they are weighed: the bias is added, and hidden pairs turn into
-// -inf. Shared by the passes, which must round scores alike. (E40)-(E42)
+// -inf. Shared by the passes, which must round scores alike. (E40), (E41)
 #pragma once
 
 #include <limits>

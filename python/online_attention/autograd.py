@@ -43,7 +43,6 @@ def attention(
 
     The modifiers are all of bias, rng and dropout_p, or none.
     """
-    settings = (scale, alignment, left, right)
     result: tuple[Tensor, Tensor]
     if forward_ad._current_level >= 0 or transforms_are_on():
         if torch.compiler.is_dynamo_compiling():
@@ -52,6 +51,7 @@ def attention(
                 "torch.compile cannot trace attention inside torch.func or forward mode: compile "
                 "without fullgraph=True."
             )
+        settings = (scale, alignment, left, right)
         if torch.compiler.is_exporting() and _is_only_mapped():
             # An exported graph holds operators, which have a rule of their own.
             result = operators.forward(q, k, v, *settings, deterministic is True, *modifiers)
@@ -61,11 +61,17 @@ def attention(
                 _TransformedAttention, q, k, v, bias, rng, *settings, dropout_p, deterministic
             )
     elif torch.compiler.is_dynamo_compiling():
-        result = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, k, v, *settings, deterministic, *modifiers
+        # Dynamo traces no Function that is given the same tensor twice.
+        v = v.view_as(v) if v is q or v is k else v
+        k = k.view_as(k) if k is q else k
+        function: Any = _ModifiedAttention if modifiers else _Attention
+        result = function.apply(q, k, v, scale, alignment, left, right, deterministic, *modifiers)
+    elif modifiers:
+        result = _apply_eagerly_modified(
+            q, k, v, scale, alignment, left, right, deterministic, *modifiers
         )
     else:
-        result = _apply_eagerly(q, k, v, *settings, deterministic, *modifiers)
+        result = _apply_eagerly(q, k, v, scale, alignment, left, right, deterministic)
     return result
 
 
@@ -89,37 +95,67 @@ class _Attention(Function):
         left: int,
         right: int,
         deterministic: bool | None,
-        *modifiers: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = operators.forward(
-            q, k, v, scale, alignment, left, right, deterministic is True, *modifiers
-        )
-        ctx.save_for_backward(q, k, v, out, lse, *modifiers[:2])
-        ctx.settings = scale, alignment, left, right, *modifiers[2:]
+        out, lse = operators.forward(q, k, v, scale, alignment, left, right, deterministic is True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = scale, alignment, left, right, 0.0
         ctx.deterministic = deterministic
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
-        if len(ctx.settings) == 4:
-            q, k, v, out, lse = ctx.saved_tensors
-            inputs, settings = (q, k, v, None, None), (*ctx.settings, 0.0)
-            needs = (*ctx.needs_input_grad[:3], False)
-        else:
-            q, k, v, out, lse, bias, rng = ctx.saved_tensors
-            inputs, settings = (q, k, v, bias, rng), ctx.settings
-            needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[8])
-        dq, dk, dv, dbias = first_order(
-            dout, dlse, inputs, (out, lse), settings, ctx.deterministic, needs
+        q, k, v, out, lse = ctx.saved_tensors
+        inputs, needs = (q, k, v, None, None), (*ctx.needs_input_grad[:3], False)
+        dq, dk, dv, _ = first_order(
+            dout, dlse, inputs, (out, lse), ctx.settings, ctx.deterministic, needs
         )
-        gradients = dq, dk, dv, None, None, None, None, None
-        return gradients if len(ctx.settings) == 4 else (*gradients, dbias, None, None)
+        return dq, dk, dv, None, None, None, None, None
+
+
+class _ModifiedAttention(Function):
+    """The same with a bias or dropout, whose arguments would cost other calls host time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        alignment: int,
+        left: int,
+        right: int,
+        deterministic: bool | None,
+        bias: Optional,
+        rng: Optional,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        settings = (scale, alignment, left, right)
+        out, lse = operators.forward(
+            q, k, v, *settings, deterministic is True, bias, rng, dropout_p
+        )
+        ctx.save_for_backward(q, k, v, bias, rng, out, lse)
+        ctx.settings = *settings, dropout_p
+        ctx.deterministic = deterministic
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
+        q, k, v, bias, rng, out, lse = ctx.saved_tensors
+        inputs = (q, k, v, bias, rng)
+        needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[8])
+        dq, dk, dv, dbias = first_order(
+            dout, dlse, inputs, (out, lse), ctx.settings, ctx.deterministic, needs
+        )
+        return dq, dk, dv, None, None, None, None, None, dbias, None, None
 
 
 # What `Function.apply` calls where no transform is on. The rest of it, Python code for tensors of
 # torch.func, would be a fifth of the host time of a call.
 _apply_eagerly: Any = super(Function, _Attention).apply
+_apply_eagerly_modified: Any = super(Function, _ModifiedAttention).apply
 
 
 class _TransformedAttention(Function):

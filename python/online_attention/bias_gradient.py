@@ -2,9 +2,9 @@
 """The gradient of a bias, composed of torch's matrix products.
 
 Scores have the bias as a term of their own, so its gradient is that of the scores, dS of (E29),
-summed over the dimensions in which it is broadcast. Over `blocks` of query rows
-that hold all their keys: the memory beside inputs and result is bounded. The sums are of float32,
-float64 for float64, and the same in every run.
+summed over the dimensions in which it is broadcast (E42). Over `blocks` of query rows: the memory
+beside inputs and result is bounded. The sums are of float32, float64 for float64, and the same in
+every run.
 
 An operator of its own, so that compilers need not look into it.
 """

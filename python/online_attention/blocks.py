@@ -157,7 +157,7 @@ class Block:
         return torch.softmax(scores, -1).masked_fill_(absent, 0), absent
 
     def dropped_out(self, x: Tensor) -> Tensor:
-        """Z of (E50) times a tensor of pairs, which may be changed; what is dropped is replaced."""
+        """Z of (E43) times a tensor of pairs, which may be changed; what is dropped is replaced."""
         if self.kept is None:
             return x
         keep_scale = philox.keep_scale(self.settings.dropout_p, self.dtype)
@@ -234,7 +234,7 @@ class ScoreGradient(NamedTuple):
 def score_gradient(
     block: Block, p: Tensor, absent: Tensor, dout_rows: Tensor, values: Tensor, dlse: Tensor | None
 ) -> ScoreGradient:
-    """dP, delta and dS: (E27)-(E29), with (E50)."""
+    """dP, delta and dS: (E28), (E46)."""
     dp = block.dropped_out((dout_rows @ values.mT).masked_fill_(absent, 0))
     delta = (p * dp).sum(-1, keepdim=True)  # (E28): the sum over d, exchanged with that over keys
     if dlse is not None:

@@ -56,27 +56,58 @@ def first_order(
     dout = _or_zeros(dout, results[0])
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    arguments = (dout, dlse, *inputs, *results, *settings, deterministic, *needs)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_are_on():
-        result: tuple[Optional, ...] = apply(_Backward, *arguments)
-        return result
-    return _gradients(*arguments)
-
-
-def _gradients(*arguments: Any) -> tuple[Optional, ...]:
-    """dq, dk, dv and dbias from what `_Backward` takes."""
-    dout, dlse, q, k, v, bias, rng, out, lse, *settings, dropout_p, deterministic = arguments[:15]
-    needs = arguments[15:]
-    dq = dk = dv = dbias = None
-    if needs[0] or needs[1] or needs[2]:
-        modifiers = () if bias is None and rng is None else (bias, rng, dropout_p)
-        found = operators.backward(
-            dout, dlse, q, k, v, out, lse, *settings, deterministic, *needs[:3], *modifiers
+        result: tuple[Optional, ...] = apply(
+            _Backward, dout, dlse, *inputs, *results, *settings, deterministic, *needs
         )
-        dq, dk, dv = (x if needed else None for x, needed in zip(found, needs, strict=False))
-    if needs[3]:
-        dbias = bias_gradient(dout, dlse, q, k, v, bias, rng, *settings, dropout_p)
-    return dq, dk, dv, dbias
+        return result
+    return _gradients(dout, dlse, inputs, results, settings, deterministic, needs)
+
+
+def _gradients(
+    dout: Tensor,
+    dlse: Optional,
+    inputs: tuple[Optional, ...],
+    results: tuple[Tensor, ...],
+    settings: tuple[Any, ...],
+    deterministic: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Optional, ...]:
+    """What `first_order` returns, differentiable no more; written for little host time."""
+    q, k, v, bias, rng = inputs
+    out, lse = results
+    scale, alignment, left, right, dropout_p = settings
+    needs_dq, needs_dk, needs_dv, needs_dbias = needs
+    dq = dk = dv = dbias = None
+    if needs_dq or needs_dk or needs_dv:
+        # Arguments that the operator has defaults for are left out.
+        modifiers = () if bias is None and rng is None else (bias, rng, dropout_p)
+        dq, dk, dv = operators.backward(
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            scale,
+            alignment,
+            left,
+            right,
+            deterministic,
+            needs_dq,
+            needs_dk,
+            needs_dv,
+            *modifiers,
+        )
+    if needs_dbias:
+        dbias = bias_gradient(dout, dlse, q, k, v, bias, rng, *settings)
+    return (
+        dq if needs_dq else None,
+        dk if needs_dk else None,
+        dv if needs_dv else None,
+        dbias,
+    )
 
 
 def _or_zeros(dout: Optional, out: Tensor) -> Tensor:
@@ -113,7 +144,9 @@ class _Backward(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Optional, ...]:
-        return _gradients(*arguments)
+        dout, dlse = arguments[:2]
+        inputs, results, settings = arguments[2:7], arguments[7:9], arguments[9:14]
+        return _gradients(dout, dlse, inputs, results, settings, arguments[14], arguments[15:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Optional, ...]) -> None:

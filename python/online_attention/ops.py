@@ -204,15 +204,22 @@ def forward(
         if deterministic is None and torch.are_deterministic_algorithms_enabled():
             deterministic = True
         right = 0 if causal else UNBOUNDED
-        # Arguments that the operator has defaults for: most calls do without, and do not pay.
-        modifiers: tuple[Any, ...] = ()
-        if not (bias is None and type(dropout_p) is float and dropout_p == 0.0):
-            modifiers = _modifiers(q, bias, dropout_p)
-        if autograd.is_active(q, k, v) or (modifiers and autograd.needs_gradient(bias)):
+        if bias is None and type(dropout_p) is float and dropout_p == 0.0:
+            # Most calls, apart from the others so that they do not pay for them.
+            if autograd.is_active(q, k, v):
+                return autograd.attention(
+                    q, k, v, scale, alignment, UNBOUNDED, right, deterministic
+                )
+            result: tuple[Tensor, Tensor] = operators.forward(
+                q, k, v, scale, alignment, UNBOUNDED, right, deterministic is True
+            )
+            return result
+        modifiers = _modifiers(q, bias, dropout_p)
+        if autograd.is_active(q, k, v) or autograd.needs_gradient(bias):
             return autograd.attention(
                 q, k, v, scale, alignment, UNBOUNDED, right, deterministic, *modifiers
             )
-        result: tuple[Tensor, Tensor] = operators.forward(
+        result = operators.forward(
             q, k, v, scale, alignment, UNBOUNDED, right, deterministic is True, *modifiers
         )
     except Exception:

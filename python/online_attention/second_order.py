@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Tangents and second derivatives of attention, composed of torch's matrix products.
 
-Equations (E34)-(E39) of docs/algorithm.md, with (E50) and (E51), over `blocks` of query rows.
+Equations (E34)-(E39), (E50) and (E51) of docs/algorithm.md over `blocks` of query rows.
 Nothing here is differentiable itself: `autograd` wraps these functions.
 """
 

@@ -35,10 +35,8 @@ void bind_dropout(py::module_& module) {
       .def_property_readonly("threshold", [](const Bound& b) { return b.dropout().threshold; })
       .def_property_readonly("keep_scale",
                              [](const Bound& b) { return b.dropout().keep_scale<double>(); })
-      .def("keeps",
-           [](const Bound& b, int64_t head, int32_t q_idx, int32_t kv_idx) {
-             return b.dropout().keeps(head, q_idx, kv_idx);
-           })
+      .def("keeps", [](const Bound& b, int64_t head, int32_t q_idx,
+                       int32_t kv_idx) { return b.dropout().keeps(head, q_idx, kv_idx); })
       .def_static("call_of", &Dropout::call_of)
       .def_static("element_of", &Dropout::element_of);
 }

@@ -12,8 +12,8 @@
 // kColumns columns of the gradients, and larger head dims take several blocks, each with the scores
 // computed again. kAligned: rows of all inputs are readable in 16-byte pieces.
 //
-// kPairs: the call has a bias or dropout. The bias is added to S; P of a pair that dropout drops
-// changes its sign, since dV takes it as 0 and dS takes its value.
+// kModified: the call may have a bias or dropout. The bias is added to S; P of a pair that dropout
+// drops changes its sign, since dV takes it as 0 and dS takes its value.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,7 +26,7 @@
 namespace online_attention::cuda::portable {
 
 // One thread's part of a block, and the slices it works from.
-template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kModified>
 struct SimtBackwardBlock {
   using Real = typename SimtTraits<Element>::Real;
   using Config = SimtBackwardConfig<Real, kColumnsOfBlock>;
@@ -41,7 +41,7 @@ struct SimtBackwardBlock {
   Real* tile;    // [kTileM][kPitchP], P and then dS
   int32_t b, h, kv_head;
   int32_t first_column;
-  Real keep_scale;  // of dropout; used if kPairs
+  Real keep_scale;  // of dropout; used if kModified
   bool reads_delta = true;
   int32_t q = 0, kv = 0;  // first query and key of the current tile
   int buffer = 0;         // the slice that is filled next
@@ -158,7 +158,7 @@ struct SimtBackwardBlock {
   __device__ __forceinline__ Real* tile_row(const ScoresPlace& at, int i) const {
     return tile + (at.y + Config::kScoresY * i) * Config::kPitchP + at.x;
   }
-  __device__ __forceinline__ bool has_bias() const { return kPairs && args.bias.exists(); }
+  __device__ __forceinline__ bool has_bias() const { return kModified && args.bias.exists(); }
   // Whether some pair of the tile is hidden or has no query.
   __device__ __forceinline__ bool is_masked() const {
     const int32_t q_end = q + Config::kTileM;
@@ -252,7 +252,7 @@ struct SimtBackwardBlock {
 #pragma unroll
       for (int j = 0; j < Config::kScores; ++j) {
         Real p = row[Config::kScoresX * j], kept_dp = dp[i][j];
-        if constexpr (kPairs) {
+        if constexpr (kModified) {
           kept_dp = p < 0 ? Real(0) : kept_dp * keep_scale;
           p = fabs(p);
         }

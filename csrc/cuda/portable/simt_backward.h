@@ -68,12 +68,12 @@ BackwardTile simt_backward_tile();
 bool has_aligned_inputs(const BackwardArgs& args);
 
 // dK and dV, and dQ unless plan.queries_apart; then dq is zero before.
-template <typename Element, int kColumns, bool kAligned, bool kPairs>
+template <typename Element, int kColumns, bool kAligned, bool kModified>
 Status launch_simt_backward_keys(const BackwardArgs& args, const BackwardPlan& plan,
                                  const Launch& launch);
 
 // dQ alone, without atomic additions.
-template <typename Element, int kColumns, bool kAligned, bool kPairs>
+template <typename Element, int kColumns, bool kAligned, bool kModified>
 Status launch_simt_backward_queries(const BackwardArgs& args, const BackwardPlan& plan,
                                     const Launch& launch);
 

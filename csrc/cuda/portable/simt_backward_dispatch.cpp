@@ -20,33 +20,36 @@ struct Kernels {
   Status (*queries)(const BackwardArgs&, const BackwardPlan&, const Launch&);
 };
 
-template <typename Element, int kColumns, bool kAligned>
-Kernels kernels(bool pairs) {
-  if (pairs) {
-    return {simt_backward_tile<Element, kColumns>,
-            launch_simt_backward_keys<Element, kColumns, kAligned, true>,
-            launch_simt_backward_queries<Element, kColumns, kAligned, true>};
-  }
-  return {simt_backward_tile<Element, kColumns>,
-          launch_simt_backward_keys<Element, kColumns, kAligned, false>,
-          launch_simt_backward_queries<Element, kColumns, kAligned, false>};
+template <typename Element, int kColumns, bool kAligned, bool kModified>
+constexpr Kernels kKernels = {simt_backward_tile<Element, kColumns>,
+                              launch_simt_backward_keys<Element, kColumns, kAligned, kModified>,
+                              launch_simt_backward_queries<Element, kColumns, kAligned, kModified>};
+
+// The kernels for a bias or dropout take calls without, too, somewhat slower: what is rare has no
+// others, for a small library.
+template <typename Element, int kColumns>
+constexpr Kernels kRareKernels = kKernels<Element, kColumns, false, true>;
+
+template <int kColumns>
+Kernels fp32_kernels(bool modified) {
+  return modified ? kKernels<float, kColumns, true, true> : kKernels<float, kColumns, true, false>;
 }
 
 Kernels kernels_of(const BackwardArgs& args) {
-  const bool pairs = args.bias.exists() || args.dropout.exists();
   switch (args.dtype) {
     case DType::f16:
-      return kernels<__half, 128, false>(pairs);
+      return kRareKernels<__half, 128>;
     case DType::bf16:
-      return kernels<__nv_bfloat16, 128, false>(pairs);
+      return kRareKernels<__nv_bfloat16, 128>;
     case DType::f64:
-      return kernels<double, 64, false>(pairs);
+      return kRareKernels<double, 64>;
     case DType::f32:
       break;
   }
-  if (!has_aligned_inputs(args)) return kernels<float, 64, false>(pairs);
-  return std::max(args.shape.D, args.shape.D_v) <= 64 ? kernels<float, 64, true>(pairs)
-                                                      : kernels<float, 128, true>(pairs);
+  if (!has_aligned_inputs(args)) return kRareKernels<float, 64>;
+  const bool modified = args.bias.exists() || args.dropout.exists();
+  return std::max(args.shape.D, args.shape.D_v) <= 64 ? fp32_kernels<64>(modified)
+                                                      : fp32_kernels<128>(modified);
 }
 
 constexpr int kBlocksPerMultiprocessor = 2;

@@ -10,9 +10,9 @@
 
 namespace online_attention::cuda::portable {
 
-template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
-struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kPairs> {
-  using Base = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kPairs>;
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kModified>
+struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kModified> {
+  using Base = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kModified>;
   using typename Base::Config;
   using typename Base::Real;
   using Gradient = Real[Config::kKeys][Config::kKeyOuts];
@@ -72,7 +72,7 @@ struct SimtBackwardKeys : SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, 
       if (this->hides_some(masked) && this->has_nonfinite(slice)) {
         multiply_plain<Config, true>(sum, weights, values);
       } else {
-        multiply_plain<Config, false, kPairs ? kUnrollDq : kUnroll>(sum, weights, values);
+        multiply_plain<Config, false, kModified ? kUnrollDq : kUnroll>(sum, weights, values);
       }
     }
     // The plan gives other types than fp32 a kernel for dQ.
@@ -153,13 +153,13 @@ struct QueryWalk {
   }
 };
 
-template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kModified>
 __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
     const __grid_constant__ BackwardArgs args, const __grid_constant__ BackwardPlan plan,
     const __grid_constant__ BackwardBuffers<typename SimtTraits<Element>::Real> buffers,
     typename SimtTraits<Element>::Real factor, bool dq_aligned,
     typename SimtTraits<Element>::Real keep_scale) {
-  using Block = SimtBackwardKeys<Element, kColumnsOfBlock, kAligned, kPairs>;
+  using Block = SimtBackwardKeys<Element, kColumnsOfBlock, kAligned, kModified>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
   extern __shared__ __align__(16) unsigned char smem[];
@@ -217,9 +217,9 @@ __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
       block.weigh(scores);
     }
     if (masked) block.hide();
-    if (kPairs && args.dropout.exists()) block.drop();
+    if (kModified && args.dropout.exists()) block.drop();
     if (adds_dv) {
-      block.template add_transposed<kPairs>(block.dv, block.dout_rows(), masked, [&] {  // (E26)
+      block.template add_transposed<kModified>(block.dv, block.dout_rows(), masked, [&] {  // (E26)
         if (needs_ds) {
           load_dout_v(0);
         } else {
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(128, 2) simt_backward_keys_kernel(
                 [&](int32_t key) { return args.dk.row<Element>(b, kv_head, key); });
   }
   if (adds_dv) {
-    block.store(block.dv, shape.D_v, kPairs ? keep_scale : Real(1),
+    block.store(block.dv, shape.D_v, kModified ? keep_scale : Real(1),
                 [&](int32_t key) { return args.dv.row<Element>(b, kv_head, key); });
   }
 }

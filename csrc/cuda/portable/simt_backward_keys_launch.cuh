@@ -14,7 +14,7 @@ BackwardTile simt_backward_tile() {
   return {Config::kTileM, Config::kTileN, Config::kColumns};
 }
 
-template <typename Element, int kColumns, bool kAligned, bool kPairs>
+template <typename Element, int kColumns, bool kAligned, bool kModified>
 Status launch_simt_backward_keys(const BackwardArgs& args, const BackwardPlan& plan,
                                  const Launch& on) {
   using Real = typename SimtTraits<Element>::Real;
@@ -23,7 +23,7 @@ Status launch_simt_backward_keys(const BackwardArgs& args, const BackwardPlan& p
   const int64_t blocks = s.B * s.H_kv * plan.key_tiles * plan.parts * plan.column_blocks;
   const bool dq_aligned =
       s.D * sizeof(Element) % 16 == 0 && is_aligned_16(args.dq, sizeof(Element));
-  return launch(simt_backward_keys_kernel<Element, kColumns, kAligned, kPairs>, blocks,
+  return launch(simt_backward_keys_kernel<Element, kColumns, kAligned, kModified>, blocks,
                 Config::kThreads, Config::kSmemBytes, on.stream, args, plan,
                 BackwardBuffers<Real>::in(on.workspace, plan, args), gradient_factor<Real>(args),
                 dq_aligned, args.dropout.keep_scale<Real>());

@@ -7,14 +7,14 @@
 
 namespace online_attention::cuda::portable {
 
-template <typename Element, int kColumnsOfBlock, bool kAligned, bool kPairs>
+template <typename Element, int kColumnsOfBlock, bool kAligned, bool kModified>
 __global__ void __launch_bounds__(128, 2)
     simt_backward_queries_kernel(const __grid_constant__ BackwardArgs args,
                                  const __grid_constant__ BackwardPlan plan,
                                  const typename SimtTraits<Element>::Real* delta,
                                  typename SimtTraits<Element>::Real factor,
                                  typename SimtTraits<Element>::Real keep_scale) {
-  using Block = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kPairs>;
+  using Block = SimtBackwardBlock<Element, kColumnsOfBlock, kAligned, kModified>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
   extern __shared__ __align__(16) unsigned char smem[];
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(128, 2)
 
   Real dq[Config::kRows][Config::kQueryOuts] = {};
   block.kv = keys.begin;
-  if (kPairs) block.kv -= block.kv % Config::kTileN;  // drop() takes whole groups of keys
+  if (kModified) block.kv -= block.kv % Config::kTileN;  // drop() takes whole groups of keys
   if (keys.size() > 0) block.load_tile();
   while (block.kv < keys.end) {
     const bool masked = block.is_masked();
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(128, 2)
       block.weigh(scores);
     }
     if (masked) block.hide();
-    if (kPairs && args.dropout.exists()) block.drop();
+    if (kModified && args.dropout.exists()) block.drop();
     block.score(scores, shape.D_v, load_dout_v,  // (E27)
                 [&] { block.load_rows(block.k_rows(), block.kv); });
     block.differentiate(scores);  // (E29)

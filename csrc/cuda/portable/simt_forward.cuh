@@ -7,20 +7,20 @@
 // through shared memory in slices of D, V in slices of keys, each loaded while the one before is
 // multiplied. Probabilities go through shared memory from the score layout to the output layout.
 //
-// kPairs: the call has a bias or dropout. Calls without, which need every register, have a kernel
-// of their own.
+// kModified: the call may have a bias or dropout. fp32 calls without, which need every register,
+// have kernels of their own.
 #pragma once
 
 #include "cuda/portable/simt_forward_block.cuh"
 
 namespace online_attention::cuda::portable {
 
-template <typename Element, int kOutColumns, int kKeys, bool kPairs>
+template <typename Element, int kOutColumns, int kKeys, bool kModified>
 __global__ void __launch_bounds__(128, 2) simt_forward_kernel(
     const __grid_constant__ ForwardArgs args, const __grid_constant__ TilePlan plan,
     const __grid_constant__ SplitBuffers<typename SimtTraits<Element>::Real> partial,
     bool aligned) {
-  using Block = SimtBlock<Element, kOutColumns, kKeys, kPairs>;
+  using Block = SimtBlock<Element, kOutColumns, kKeys, kModified>;
   using Real = typename Block::Real;
   using Config = typename Block::Config;
   extern __shared__ __align__(16) unsigned char smem[];
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(128, 2) simt_forward_kernel(
     const bool masked = args.mask.tile_needs_mask(query_begin, query_end, kv, kv + Config::kTileN);
     if (masked) block.hide(kv);
     block.update_softmax();  // (E6), (E7), (E8) for the sums
-    if (kPairs && args.dropout.exists()) block.drop(kv);
+    if (kModified && args.dropout.exists()) block.drop(kv);
     for (int n = 0; n < Config::kTileN; n += Config::kSliceN) {
       const int here = next_slice();
       if (n + Config::kSliceN < Config::kTileN) {

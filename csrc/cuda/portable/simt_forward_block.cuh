@@ -17,7 +17,7 @@
 namespace online_attention::cuda::portable {
 
 // One thread's part of the block, and the slices it works from.
-template <typename Element, int kOutColumns, int kKeys, bool kPairs>
+template <typename Element, int kOutColumns, int kKeys, bool kModified>
 struct SimtBlock {
   using Real = typename SimtTraits<Element>::Real;
   using Config = SimtConfig<Real, kOutColumns, kKeys>;
@@ -163,7 +163,7 @@ struct SimtBlock {
     }
   }
 
-  __device__ __forceinline__ bool has_bias() const { return kPairs && args.bias.exists(); }
+  __device__ __forceinline__ bool has_bias() const { return kModified && args.bias.exists(); }
   // The bias of a packed row; that of the last row where there is none.
   template <typename BiasElement>
   __device__ __forceinline__ const BiasElement* bias_row(int32_t row) const {
@@ -287,7 +287,7 @@ struct SimtBlock {
         p[i] = *reinterpret_cast<const Vector<Real>*>(p_slice +
                                                       i * Config::kThreadsY * Config::kPitchP + n);
       }
-      const uint32_t hidden = kExact && kPairs ? hidden_pairs(kv + slice_begin + n) : 0;
+      const uint32_t hidden = kExact && kModified ? hidden_pairs(kv + slice_begin + n) : 0;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
 #pragma unroll
@@ -296,7 +296,7 @@ struct SimtBlock {
               vector_at(v_slice + (n + e) * Config::kColumns + j * Config::kThreadsX);
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
-            if constexpr (kExact && kPairs) {
+            if constexpr (kExact && kModified) {
               if (hidden >> (kVector * i + e) & 1) continue;
             } else if constexpr (kExact) {
               if (!args.mask.visible(query(i), kv + slice_begin + n + e)) continue;
@@ -347,7 +347,7 @@ struct SimtBlock {
   }
 
   __device__ __forceinline__ void store(const SplitBuffers<Real>& partial) const {
-    const Real keep_scale = kPairs ? args.dropout.keep_scale<Real>() : Real(1);
+    const Real keep_scale = kModified ? args.dropout.keep_scale<Real>() : Real(1);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int32_t row = packed_row(i);

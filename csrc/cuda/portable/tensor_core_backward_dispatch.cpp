@@ -2,7 +2,7 @@
 // Plans a backward call of the tensor-core runner and sends it to the kernel compiled for its head
 // dims and the device's shared memory.
 #include <algorithm>
-#include <iterator>
+#include <cstddef>
 
 #include "cuda/backward_delta.h"
 #include "cuda/memory.h"
@@ -25,34 +25,42 @@ struct Bucket {
   const BackwardConfig& medium;
   const BackwardConfig& turing;
   struct Kernels {
-    LaunchKernel plain, modified, store_dq;
+    LaunchKernel main, store_dq;
   } f16, bf16;
 };
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kModified>
 constexpr Bucket::Kernels kernels() {
-  return {launch_tensor_core_backward<Element, kHeadDim, false>,
-          launch_tensor_core_backward<Element, kHeadDim, true>, launch_store_dq<Element, kHeadDim>};
+  return {launch_tensor_core_backward<Element, kHeadDim, kModified>,
+          launch_store_dq<Element, kHeadDim>};
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kModified>
 constexpr Bucket bucket() {
   return {kHeadDim,
           kBackward<kHeadDim, SmemClass::large>,
           kBackward<kHeadDim, SmemClass::medium>,
           kBackward<kHeadDim, SmemClass::turing>,
-          kernels<__half, kHeadDim>(),
-          kernels<__nv_bfloat16, kHeadDim>()};
+          kernels<__half, kHeadDim, kModified>(),
+          kernels<__nv_bfloat16, kHeadDim, kModified>()};
 }
 
-constexpr Bucket kBuckets[] = {bucket<64>(), bucket<96>(), bucket<128>(), bucket<192>(),
-                               bucket<256>()};
+constexpr Bucket kBuckets[] = {bucket<64, false>(), bucket<96, false>(), bucket<128, false>(),
+                               bucket<192, false>(), bucket<256, false>()};
+// Of calls with a bias or dropout, as in the forward.
+constexpr Bucket kModifiedBuckets[] = {bucket<64, true>(), bucket<128, true>(),
+                                       bucket<256, true>()};
 
 // The registry sends no head dim above the last bucket's.
-const Bucket& bucket_of(const Shape& shape) {
-  const int64_t head_dim = std::max(shape.D, shape.D_v);
-  return *std::find_if(std::begin(kBuckets), std::end(kBuckets) - 1,
+template <std::size_t kCount>
+const Bucket& bucket_among(const Bucket (&buckets)[kCount], int64_t head_dim) {
+  return *std::find_if(buckets, buckets + kCount - 1,
                        [&](const Bucket& b) { return head_dim <= b.head_dim; });
+}
+const Bucket& bucket_of(const BackwardArgs& args) {
+  const bool modified = args.bias.exists() || args.dropout.exists();
+  const int64_t head_dim = std::max(args.shape.D, args.shape.D_v);
+  return modified ? bucket_among(kModifiedBuckets, head_dim) : bucket_among(kBuckets, head_dim);
 }
 
 SmemClass smem_class(const Device& device) {
@@ -68,7 +76,7 @@ const BackwardConfig& config_of(const Bucket& bucket, SmemClass size) {
 }
 
 BackwardPlan plan_for(const BackwardArgs& args, const Device& device) {
-  const BackwardConfig& config = config_of(bucket_of(args.shape), smem_class(device));
+  const BackwardConfig& config = config_of(bucket_of(args), smem_class(device));
   return plan_backward(args, config.tile_m, config.tile_n, device.multiprocessors);
 }
 
@@ -81,7 +89,7 @@ struct Sizes {
     const Shape& s = args.shape;
     row_terms = ceil_div<int64_t>(s.B * s.H * s.S_q * sizeof(float), 256) * 256;
     if (args.dq.data == nullptr) return;
-    dq_sums = plan.dq_tiles() * plan.tile_m * bucket_of(s).head_dim * sizeof(float);
+    dq_sums = plan.dq_tiles() * plan.tile_m * bucket_of(args).head_dim * sizeof(float);
     if (args.deterministic) turns = (1 + plan.dq_tiles()) * sizeof(int32_t);
   }
   int64_t total() const { return 2 * row_terms + dq_sums + turns; }
@@ -97,7 +105,7 @@ struct Sizes {
 };
 
 bool fits(const BackwardArgs& args, const Device& device) {
-  return config_of(bucket_of(args.shape), smem_class(device)).head_dim > 0;
+  return config_of(bucket_of(args), smem_class(device)).head_dim > 0;
 }
 
 }  // namespace
@@ -118,12 +126,10 @@ Status tensor_core_backward(const BackwardArgs& args, const Launch& launch) {
     status = fill_zero(buffers.dq_sums, sizes.dq_sums + sizes.turns, launch.stream);
     if (status != kOk) return status;
   }
-  const Bucket& bucket = bucket_of(args.shape);
+  const Bucket& bucket = bucket_of(args);
   const Bucket::Kernels& kernels = args.dtype == DType::f16 ? bucket.f16 : bucket.bf16;
-  const bool modified = args.bias.exists() || args.dropout.exists();
-  const LaunchKernel kernel = modified ? kernels.modified : kernels.plain;
   const SmemClass size = smem_class(launch.device);
-  status = kernel(args, plan, buffers, size, launch);
+  status = kernels.main(args, plan, buffers, size, launch);
   if (status != kOk || buffers.dq_sums == nullptr) return status;
   return kernels.store_dq(args, plan, buffers, size, launch);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Plans a call of the tensor-core runner and sends it to the kernel compiled for its head dims.
 #include <algorithm>
+#include <cstddef>
 
 #include "cuda/combine.h"
 #include "cuda/portable/forward.h"
@@ -28,19 +29,22 @@ constexpr Bucket bucket() {
           launch_tensor_core<__nv_bfloat16, kHeadDim, kModified>};
 }
 
-constexpr int kBucketCount = 5;
-template <bool kModified>
-constexpr Bucket kBuckets[kBucketCount] = {bucket<64, kModified>(), bucket<96, kModified>(),
-                                           bucket<128, kModified>(), bucket<192, kModified>(),
-                                           bucket<256, kModified>()};
+constexpr Bucket kBuckets[] = {bucket<64, false>(), bucket<96, false>(), bucket<128, false>(),
+                               bucket<192, false>(), bucket<256, false>()};
+// Of calls with a bias or dropout. Fewer, for a small library: 96 and 192 are rare.
+constexpr Bucket kModifiedBuckets[] = {bucket<64, true>(), bucket<128, true>(),
+                                       bucket<256, true>()};
 
 // The registry sends no head dim above the last bucket's.
+template <std::size_t kCount>
+const Bucket& bucket_among(const Bucket (&buckets)[kCount], int64_t head_dim) {
+  return *std::find_if(buckets, buckets + kCount - 1,
+                       [&](const Bucket& b) { return head_dim <= b.head_dim; });
+}
 const Bucket& bucket_of(const ForwardArgs& args) {
   const bool modified = args.bias.exists() || args.dropout.exists();
-  const Bucket* buckets = modified ? kBuckets<true> : kBuckets<false>;
   const int64_t head_dim = std::max(args.shape.D, args.shape.D_v);
-  return *std::find_if(buckets, buckets + kBucketCount - 1,
-                       [&](const Bucket& b) { return head_dim <= b.head_dim; });
+  return modified ? bucket_among(kModifiedBuckets, head_dim) : bucket_among(kBuckets, head_dim);
 }
 
 TilePlan plan_for(const ForwardArgs& args, const Device& device) {

@@ -150,18 +150,24 @@ struct WarpTile {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t first = row(r) + kv_lane * bias.stride_kv;
+      float added[kKeyTiles][2];
       with_bias_type<Element>(bias, [&](auto type) {
         BiasPair<decltype(type)> pairs[kKeyTiles];
         read_bias(pairs, bias, first, in_pairs, s_kv - kv_lane);
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& score = scores[r / 2][n][r % 2 * 2 + j];
-            score = biased(rounded_product(score, scale_log2), pairs[n][j]);
-          }
+          for (int j = 0; j < 2; ++j) added[n][j] = bias_of<float>(pairs[n][j]);
         }
       });
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[r / 2][n][r % 2 * 2 + j];
+          score = biased(rounded_product(score, scale_log2), added[n][j]);
+        }
+      }
     }
   }
   // Of one row, from index `first` on. `keys`: how many keys there are from this lane's first on.

@@ -3,6 +3,7 @@
 
 namespace online_attention::cuda::portable {
 
+template BackwardTile simt_backward_tile<__nv_bfloat16, 128>();
 template Status launch_simt_backward_keys<__nv_bfloat16, 128, false, true>(const BackwardArgs&,
                                                                            const BackwardPlan&,
                                                                            const Launch&);

@@ -3,7 +3,8 @@
 
 namespace online_attention::cuda::portable {
 
-template Status launch_simt_backward_keys<float, 64, false, false>(const BackwardArgs&,
+template BackwardTile simt_backward_tile<double, 64>();
+template Status launch_simt_backward_keys<double, 64, false, true>(const BackwardArgs&,
                                                                    const BackwardPlan&,
                                                                    const Launch&);
 

@@ -1,7 +1,0 @@
-// SPDX-License-Identifier: BSD-3-Clause
-#include "cuda/portable/tensor_core_launch.cuh"
-
-template online_attention::Status
-online_attention::cuda::portable::launch_tensor_core<__nv_bfloat16, 96, true>(const ForwardArgs&,
-                                                                              const TilePlan&,
-                                                                              const Launch&);
