@@ -22,6 +22,10 @@ struct Bias {
   int64_t stride_b = 0, stride_h = 0, stride_q = 0, stride_kv = 0;
 
   ONLINE_ATTENTION_HD bool exists() const { return type != BiasType::none; }
+  // Of one element, for queries whose elements have `q_bytes`.
+  constexpr int64_t element_bytes(int64_t q_bytes) const {
+    return type == BiasType::boolean ? 1 : type == BiasType::f32 ? 4 : q_bytes;
+  }
 
   // The elements of one query, stride_kv apart; Element is the type that `type` stands for.
   template <typename Element>

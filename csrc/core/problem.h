@@ -76,6 +76,9 @@ struct ForwardArgs {
   // Keys are split by lengths alone, never by how full the device is: no result depends on the
   // batch it is computed in.
   bool batch_invariant = false;
+
+  // Whether more decides on a pair than its indices and its score.
+  bool is_modified() const { return bias.exists() || dropout.exists(); }
 };
 
 // The gradients of one call, from what its forward returned. (E25)-(E31)
@@ -94,6 +97,8 @@ struct BackwardArgs {
   double factor = 1;
   // Bitwise the same gradients in every run, and none that depends on the batch.
   bool deterministic = false;
+
+  bool is_modified() const { return bias.exists() || dropout.exists(); }  // as ForwardArgs
 };
 
 }  // namespace online_attention

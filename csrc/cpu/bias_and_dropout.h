@@ -13,10 +13,8 @@ namespace online_attention::cpu {
 // The bias of one query's first key.
 inline const void* bias_row(const Bias& bias, DType dtype, int64_t b, int64_t h, int64_t q_idx) {
   const int64_t element = b * bias.stride_b + h * bias.stride_h + q_idx * bias.stride_q;
-  const int64_t bytes = bias.type == BiasType::boolean ? 1
-                        : bias.type == BiasType::f32   ? 4
-                                                       : element_bytes(dtype);
-  return static_cast<const std::byte*>(bias.data) + element * bytes;
+  return static_cast<const std::byte*>(bias.data) +
+         element * bias.element_bytes(element_bytes(dtype));
 }
 
 // `range` without the keys at its ends that a boolean bias hides: padding then costs nothing. Only

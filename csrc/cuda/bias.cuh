@@ -63,12 +63,10 @@ struct BiasPair {
     return reinterpret_cast<const Element&>(one);
   }
 };
-// Whether every such pair of a bias for queries of `element_bytes` bytes lies in one piece, and no
+// Whether every such pair of a bias for queries of `q_bytes` bytes lies in one piece, and no
 // pair is cut by the last key.
-inline bool is_readable_in_pairs(const Bias& bias, int64_t s_kv, int64_t element_bytes) {
-  const int64_t bytes = bias.type == BiasType::boolean ? 1
-                        : bias.type == BiasType::f32   ? 4
-                                                       : element_bytes;
+inline bool is_readable_in_pairs(const Bias& bias, int64_t s_kv, int64_t q_bytes) {
+  const int64_t bytes = bias.element_bytes(q_bytes);
   return bias.stride_kv == 1 && s_kv % 2 == 0 && bias.stride_b % 2 == 0 && bias.stride_h % 2 == 0 &&
          bias.stride_q % 2 == 0 && reinterpret_cast<uintptr_t>(bias.data) % (2 * bytes) == 0;
 }

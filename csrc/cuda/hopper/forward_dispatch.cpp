@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which calls the Hopper runner takes, and the kernel compiled for their head dims.
-#include <algorithm>
-#include <iterator>
-
+#include "cuda/head_dim_bucket.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/forward.h"
 #include "cuda/hopper/forward_launch.h"
@@ -29,13 +27,6 @@ constexpr Bucket bucket() {
 }
 
 constexpr Bucket kBuckets[] = {bucket<64>(), bucket<96>(), bucket<128>()};
-
-// The registry sends no head dim above the last bucket's.
-const Bucket& bucket_of(const Shape& shape) {
-  const int64_t head_dim = std::max(shape.D, shape.D_v);
-  return *std::find_if(std::begin(kBuckets), std::end(kBuckets) - 1,
-                       [&](const Bucket& b) { return head_dim <= b.head_dim; });
-}
 
 constexpr int64_t kUnit = 16;                     // bytes: what TMA addresses are multiples of
 constexpr int64_t kStrideEnd = int64_t{1} << 40;  // bytes
@@ -64,7 +55,7 @@ bool wants_splits(const ForwardArgs& args, const Device& device) {
   constexpr int64_t kLongKeys = 4096;
   const Shape& s = args.shape;
   if (args.batch_invariant || s.S_kv < kLongKeys) return false;
-  const int64_t q_tiles = ceil_div<int64_t>(s.S_q, bucket_of(s).config.tile_m());
+  const int64_t q_tiles = ceil_div<int64_t>(s.S_q, bucket_for(kBuckets, s).config.tile_m());
   return s.B * s.H * q_tiles * 4 < device.multiprocessors;
 }
 
@@ -73,7 +64,7 @@ bool wants_splits(const ForwardArgs& args, const Device& device) {
 bool runs_forward(const ForwardArgs& args, const Device& device) {
   constexpr int64_t kRowsMin = 64;  // fewer, and packing heads or splitting keys is worth more
   const Shape& s = args.shape;
-  if (args.bias.exists() || args.dropout.exists()) return false;
+  if (args.is_modified()) return false;
   if (s.S_q < kRowsMin || s.S_kv == 0 || wants_splits(args, device)) return false;
   const Addressing tma{args.batch_invariant};
   return tma.takes(args.q, s.B, s.H, s.S_q, s.D) && tma.takes(args.k, s.B, s.H_kv, s.S_kv, s.D) &&
@@ -87,7 +78,7 @@ int64_t forward_workspace_bytes(const ForwardArgs& args, const Device&) {
 }
 
 Status forward(const ForwardArgs& args, const Launch& launch) {
-  const Bucket& bucket = bucket_of(args.shape);
+  const Bucket& bucket = bucket_for(kBuckets, args.shape);
   return (args.dtype == DType::f16 ? bucket.f16 : bucket.bf16)(args, launch);
 }
 

@@ -47,7 +47,7 @@ Kernels kernels_of(const BackwardArgs& args) {
       break;
   }
   if (!has_aligned_inputs(args)) return kRareKernels<float, 64>;
-  const bool modified = args.bias.exists() || args.dropout.exists();
+  const bool modified = args.is_modified();
   return std::max(args.shape.D, args.shape.D_v) <= 64 ? fp32_kernels<64>(modified)
                                                       : fp32_kernels<128>(modified);
 }

@@ -30,7 +30,7 @@ Status launch_simt(const ForwardArgs& args, const TilePlan& plan, const Launch& 
   // It takes all calls; fp32 ones without a bias or dropout have a faster kernel. (Others are rare,
   // and the library is to be small.)
   if constexpr (std::is_same_v<Element, float>) {
-    if (!args.bias.exists() && !args.dropout.exists()) {
+    if (!args.is_modified()) {
       kernel = simt_forward_kernel<Element, kOutColumns, kKeys, false>;
     }
   }

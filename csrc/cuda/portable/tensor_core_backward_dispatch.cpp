@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Plans a backward call of the tensor-core runner and sends it to the kernel compiled for its head
 // dims and the device's shared memory.
-#include <algorithm>
-#include <cstddef>
-
 #include "cuda/backward_delta.h"
+#include "cuda/head_dim_bucket.h"
 #include "cuda/memory.h"
 #include "cuda/portable/backward.h"
 #include "cuda/portable/tensor_core_backward.h"
@@ -51,16 +49,9 @@ constexpr Bucket kBuckets[] = {bucket<64, false>(), bucket<96, false>(), bucket<
 constexpr Bucket kModifiedBuckets[] = {bucket<64, true>(), bucket<128, true>(),
                                        bucket<256, true>()};
 
-// The registry sends no head dim above the last bucket's.
-template <std::size_t kCount>
-const Bucket& bucket_among(const Bucket (&buckets)[kCount], int64_t head_dim) {
-  return *std::find_if(buckets, buckets + kCount - 1,
-                       [&](const Bucket& b) { return head_dim <= b.head_dim; });
-}
 const Bucket& bucket_of(const BackwardArgs& args) {
-  const bool modified = args.bias.exists() || args.dropout.exists();
-  const int64_t head_dim = std::max(args.shape.D, args.shape.D_v);
-  return modified ? bucket_among(kModifiedBuckets, head_dim) : bucket_among(kBuckets, head_dim);
+  return args.is_modified() ? bucket_for(kModifiedBuckets, args.shape)
+                            : bucket_for(kBuckets, args.shape);
 }
 
 SmemClass smem_class(const Device& device) {
