@@ -87,14 +87,21 @@ def deterministic_mode() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For thousands of tiny products, where waking threads would cost more than the work."""
+def threads_restored() -> Iterator[None]:
+    """For tests that set the number of threads."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads_restored: None) -> None:
+    """For thousands of tiny products, where waking threads would cost more than the work."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

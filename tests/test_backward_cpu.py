@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from instruction_sets import INSTRUCTION_SETS, check_script
 from online_attention import _C
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, FULL, Mask
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = ("dq", "dk", "dv")
 NAN = math.nan
@@ -220,27 +216,10 @@ def test_widest_instruction_set(check: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_instruction_set(name: str) -> None:
-    widest = INSTRUCTION_SETS.index(_C.cpu_instruction_set())
-    if INSTRUCTION_SETS.index(name) >= widest:
-        pytest.skip("not narrower than the one of this process")
-    environment = {**os.environ, "ONLINE_ATTENTION_CPU": name}
-    path = os.pathsep.join(filter(None, sys.path))
-    environment["PYTHONPATH"] = path
-    ran = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == [name]
+    check_script(__file__, name)
 
 
-@pytest.fixture
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.usefixtures("threads_restored")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask(left=100, right=50)])
 def test_number_of_threads_and_batch_change_no_bit(mask: Mask, dtype: torch.dtype) -> None:

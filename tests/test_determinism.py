@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -25,13 +23,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_same(a, b) -> None:
     assert_bitwise_equal(a.out, b.out)
     assert_bitwise_equal(a.lse, b.lse, "lse")
@@ -46,7 +37,7 @@ def test_runs_are_bitwise_equal(target: Target, case: Case, deterministic: bool 
         assert_same(attend(*inputs, case.mask, deterministic=deterministic), first)
 
 
-@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.usefixtures("threads_restored")
 @pytest.mark.targets(device="cpu")
 @pytest.mark.cases(CASES)
 def test_number_of_threads_changes_no_bit(target: Target, case: Case):

@@ -8,11 +8,7 @@ for, which is read when the library is first used.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,12 +18,12 @@ from attend import KEEP_ALL, Dropout, assert_right, attend, rounding_magnitude
 from cases import Inputs, normal
 from gradients import assert_right as assert_gradients_right
 from gradients import by_operators, cotangents_of
+from instruction_sets import INSTRUCTION_SETS, check_script
 from online_attention import _C
 from oracle import CAUSAL, FULL
 from philox import factors_of
 from tolerance import assert_bitwise_equal
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = ("out", "lse", "dq", "dk", "dv")
 RNG = torch.tensor([0x123456789ABCDEF, -5])
@@ -105,26 +101,10 @@ def test_widest_instruction_set(check: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_instruction_set(name: str) -> None:
-    widest = INSTRUCTION_SETS.index(_C.cpu_instruction_set())
-    if INSTRUCTION_SETS.index(name) >= widest:
-        pytest.skip("not narrower than the one of this process")
-    environment = {**os.environ, "ONLINE_ATTENTION_CPU": name}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    ran = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == [name]
+    check_script(__file__, name)
 
 
-@pytest.fixture
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.usefixtures("threads_restored")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_number_of_threads_and_batch_change_no_bit(dtype: torch.dtype) -> None:
     inputs, bias = inputs_of(dtype, 130, B=2), biases(dtype, 130)[1]
