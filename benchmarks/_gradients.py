@@ -75,12 +75,13 @@ def gradients(
     """
     q, k, v = tensors
     group = case.heads // case.heads_kv
+    mask = make_bias(case, q.dtype, q.device)
     parts = []
     for b, some in heads:
         by_group = [t[b].unflatten(0, (case.heads_kv, group))[some] for t in (q, dout)]
         k_b, v_b = k[b, some], v[b, some]
         parts.append(
-            _gradients_of_entry(case, by_group[0], k_b, v_b, by_group[1], dtype, (b, some))
+            _gradients_of_entry(case, by_group[0], k_b, v_b, by_group[1], dtype, mask, (b, some))
         )
     return {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(GRADIENTS)}
 
@@ -92,6 +93,7 @@ def _gradients_of_entry(
     v: torch.Tensor,
     dout: torch.Tensor,
     dtype: torch.dtype,
+    mask: torch.Tensor | None,
     place: tuple[int, list[int]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, dout (heads, group, S_q, D or D_v); k, v (heads, S_kv, D or D_v).
@@ -104,7 +106,6 @@ def _gradients_of_entry(
     k, v = k.to(wide), v.to(wide)
     dq = torch.empty(q.shape, dtype=dtype, device=q.device)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    mask = make_bias(case, q.dtype, q.device)
     keys = torch.arange(case.s_kv, device=q.device)
     chunk = max(1, REFERENCE_BYTES[q.device.type] // (heads * group * case.s_kv * 8))
     for rows in torch.arange(case.s_q, device=q.device).split(chunk):

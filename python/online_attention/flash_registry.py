@@ -12,7 +12,7 @@ from torch.library import Library
 
 from . import checks, operators
 from .operators import BOTTOM_RIGHT, UNBOUNDED
-from .ops import RNG_END
+from .ops import random_state
 
 NAME = "online_attention"
 _NAMES = ("query", "key", "value", "bias")
@@ -104,8 +104,8 @@ def sdpa_forward(
 ) -> SdpaResult:
     """``_scaled_dot_product_flash_attention``: (B, H, S, D), without variable lengths."""
     _check(query, key, value, return_debug_mask, newer)
-    right = 0 if is_causal else UNBOUNDED
-    out, lse, rng = _forward(query, key, value, scale, (UNBOUNDED, right), dropout_p, False)
+    window = _window(is_causal, None, None)
+    out, lse, rng = _forward(query, key, value, scale, window, dropout_p, False)
     unused, debug_mask = _unused(query)
     lengths = query.shape[2], key.shape[2]
     return _in_layout_of(out, query), lse, None, None, *lengths, rng, unused, debug_mask
@@ -132,7 +132,7 @@ def sdpa_backward(
 ) -> Gradients:
     """``_scaled_dot_product_flash_attention_backward``: gradients in the layouts of the inputs."""
     _check(query, key, value, False, {"cum_seq_q": cum_seq_q, "cum_seq_k": cum_seq_k, **newer})
-    window = (UNBOUNDED, 0 if is_causal else UNBOUNDED)
+    window = _window(is_causal, None, None)
     inputs = (query, key, value)
     gradients = _backward(grad_out, inputs, out, logsumexp, scale, window, dropout_p, philox_seed)
     dq, dk, dv = (_in_layout_of(g, x) for g, x in zip(gradients, inputs, strict=True))
@@ -285,9 +285,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, rng state) of tensors (B, H, S, D)."""
     batch_invariant = batch_invariant or torch.are_deterministic_algorithms_enabled()
-    rng = None
-    if dropout_p > 0:
-        rng = torch.randint(RNG_END, (2,), dtype=torch.int64, device=q.device)
+    rng = random_state(q.device) if dropout_p > 0 else None
     try:
         out, lse = operators.forward(
             q, k, v, scale, BOTTOM_RIGHT, *window, batch_invariant, None, rng, dropout_p

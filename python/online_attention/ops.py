@@ -238,10 +238,17 @@ def _modifiers(q: Tensor, bias: Tensor | None, dropout_p: float) -> tuple[Any, .
         bias = bias[(None,) * (4 - bias.dim())]
     rng = None
     if dropout_p != 0.0:
-        # From the default generator, by an operation that seeds, checkpoints, CUDA graphs and
-        # compilers know.
-        rng = torch.randint(RNG_END, (2,), dtype=torch.int64, device=q.device)
+        rng = random_state(q.device)
     return () if bias is None and rng is None else (bias, rng, dropout_p)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The two numbers that decide what dropout drops.
+
+    From the default generator, by an operation that seeds, checkpoints, CUDA graphs and compilers
+    know.
+    """
+    return torch.randint(RNG_END, (2,), dtype=torch.int64, device=device)
 
 
 def any_autocast_enabled() -> bool:
