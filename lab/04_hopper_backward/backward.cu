@@ -43,21 +43,21 @@ struct Variant {
   Main bf16, f16;
 };
 
-template <typename Element, int D, int M, bool EV>
+template <typename Element, int D, int M, bool B, bool EV, bool DQ>
 __global__ void __launch_bounds__(BackwardConfig::kThreads, 1)
     lab_kernel(const __grid_constant__ BackwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr BackwardConfig config = {D, M, EV};
+  constexpr BackwardConfig config = {D, M, B, EV, DQ};
   backward_block<Element, config>(call, smem);
 }
 
-template <typename Element, int D, int M, bool EV>
+template <typename Element, int D, int M, bool B, bool EV, bool DQ>
 Status run(const BackwardArgs& args, const BackwardPlan& plan, const BackwardBuffers& buffers) {
-  constexpr BackwardConfig config = {D, M, EV};
+  constexpr BackwardConfig config = {D, M, B, EV, DQ};
   BackwardCall call;
   const Status status = describe_call(args, plan, config, buffers, call);
   if (status != kOk) return status;
-  return launch(lab_kernel<Element, D, M, EV>, plan.blocks(), BackwardConfig::kThreads,
+  return launch(lab_kernel<Element, D, M, B, EV, DQ>, plan.blocks(), BackwardConfig::kThreads,
                 config.smem_bytes(), nullptr, call);
 }
 
@@ -397,6 +397,7 @@ int check_all(int cases, const char* only) {
       c.D = i % 4 == 3 ? D - 8 * pick({1, 2, 3}) : D;
       c.D_v = i % 4 == 3 ? D - 8 * pick({1, 2, 3}) : D;
       c.mask = i < 2 ? 0 : pick({0, 1, 2, 2, 3});
+      if (!variant.config.banded) c.mask = 0;
       c.poison = i < 2 ? 0 : pick({0, 0, 0, 1, 2, 3, 4});
       c.scale = (i % 7 == 5 ? -1.0 : i % 7 == 6 ? 3.0 : 1.0) / std::sqrt(c.D);
       failed_here += !check<__nv_bfloat16>(variant, c, 1000 + i, i < 2);

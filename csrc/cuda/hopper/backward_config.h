@@ -25,8 +25,10 @@ inline constexpr int kGradientBoxRows = 16;  // of a box of dK or dV: a warp's r
 struct BackwardConfig {
   int head_dim = 0;  // D and D_v are padded up to this inside the kernel
   int tile_m = 0;    // queries of a step
+  bool banded = true;  // whether the call may have a mask besides the lengths
   // dV starts before dS is computed; costs tile_m / 4 registers.
   bool early_values = false;
+  bool direct_dq = false;  // dQ is added from registers, not through shared memory
 
   static constexpr int kGroups = 2;  // warpgroups that compute, of 64 keys each
   static constexpr int kTileN = 64 * kGroups;
@@ -66,7 +68,7 @@ struct BackwardConfig {
   }
   ONLINE_ATTENTION_HD constexpr int dq_offset() const { return ds_offset() + kStages * ds_bytes(); }
   ONLINE_ATTENTION_HD constexpr int terms_offset() const {
-    return dq_offset() + 4 * kGroups * dq_warp_bytes();
+    return dq_offset() + (direct_dq ? 0 : 4 * kGroups * dq_warp_bytes());
   }
   ONLINE_ATTENTION_HD constexpr int marks_offset() const {
     return terms_offset() + 2 * kStages * terms_bytes();

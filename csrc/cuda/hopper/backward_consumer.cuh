@@ -6,6 +6,7 @@
 #include "cuda/hopper/backward_tile.cuh"
 #include "cuda/hopper/producer.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/global.cuh"
 
 namespace online_attention::cuda::hopper {
 
@@ -112,6 +113,15 @@ struct BackwardConsumer {
   __device__ __forceinline__ void add_dq(const typename Tile::Dq& dq) const {
     const int warp = 4 * group + keys.warp();
     if (kConfig.head_dim % 64 != 0 && warp * 16 >= kConfig.head_dim) return;  // no such columns
+    if constexpr (kConfig.direct_dq) {
+      float* target = dq_target + keys.lane() * 4;
+#pragma unroll
+      for (int i = 0; i < Tile::kDqs; i += 4) {
+        const float four[4] = {dq[i], dq[i + 1], dq[i + 2], dq[i + 3]};
+        ptx::reduce_add(target + i * 32, four);
+      }
+      return;
+    }
     if (speaks()) ptx::tma_store_wait_read<0>();
     __syncwarp();
     keys.store_dq(dq, smem.dq(warp));
@@ -131,7 +141,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ void run_step() {
     const int stage = stage_of(index), last = stage ^ 1;
     const uint32_t phase = phase_of(index);
-    const bool cut = is_cut();
+    const bool cut = kConfig.banded && is_cut();
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
     typename Tile::Rounded p_rounded;
     wait(smem.q_full(stage), phase);
@@ -152,7 +162,7 @@ struct BackwardConsumer {
       ptx::held(keys.ds_rounded);
       if (index > 0) release(smem.q_empty(last));
     }
-    if (marked) keys.add_key_marks(p, smem.mark(64 * group));
+    if (kConfig.banded && marked) keys.add_key_marks(p, smem.mark(64 * group));
     keys.weigh(p, call.factor_log2, smem.lse2(stage));
     if (cut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
@@ -205,7 +215,7 @@ struct BackwardConsumer {
     if (steps > 0) {
       step = first_step(smem.tile(), call.plan.group);
       wait(smem.k_full(), 0);
-      if (call.args.mask.is_banded()) mark_nonfinite_keys();
+      if (kConfig.banded && call.args.mask.is_banded()) mark_nonfinite_keys();
 #pragma unroll 1
       while (index < steps) run_step();
       typename Tile::Dq dq;
