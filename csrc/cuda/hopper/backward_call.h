@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/backward_plan.h"
+#include "cuda/hopper/backward_config.h"
 #include "cuda/hopper/call.h"
 
 namespace online_attention::cuda::hopper {
@@ -24,5 +25,18 @@ struct BackwardCall {
   BackwardBuffers buffers;
   float factor_log2;  // of scores: scale * log2(e)
 };
+
+// Under a mask, whose key tiles differ in length, the heads that fill the device once are
+// interleaved: the fewer they are, the more of what their blocks share is in the L2 cache.
+inline BackwardPlan plan_blocks(const BackwardArgs& args, const BackwardConfig& config,
+                                int multiprocessors) {
+  BackwardPlan plan =
+      plan_backward(args, config.tile_m, BackwardConfig::kTileN, multiprocessors);
+  if (args.mask.is_banded()) {
+    const auto filling = ceil_div(static_cast<uint32_t>(multiprocessors), plan.kv_tiles);
+    plan.section_heads = filling < plan.heads ? filling : plan.heads;
+  }
+  return plan;
+}
 
 }  // namespace online_attention::cuda::hopper

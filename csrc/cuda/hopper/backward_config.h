@@ -13,6 +13,7 @@ struct KeyTile {
   int32_t b, h_kv;
   int32_t kv_begin;
   int32_t q_tile_begin, q_tile_end;  // the query tiles that see some of its keys
+  int32_t q_tile_first;              // the one to begin with
   int32_t plain_begin, plain_end;    // the queries that see all of them
   int32_t steps;                     // query tiles, of all heads of the group
 };
@@ -25,7 +26,8 @@ inline constexpr int kGradientBoxRows = 16;  // of a box of dK or dV: a warp's r
 struct BackwardConfig {
   int head_dim = 0;  // D and D_v are padded up to this inside the kernel
   int tile_m = 0;    // queries of a step
-  bool banded = true;  // whether the call may have a mask besides the lengths
+  bool masked = false;       // whether the call may have a mask besides the lengths
+  bool split_steps = false;  // steps that the mask cuts have code of their own
   // dV starts before dS is computed; costs tile_m / 4 registers.
   bool early_values = false;
   bool direct_dq = false;  // dQ is added from registers, not through shared memory
@@ -83,7 +85,7 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = kGroups * kConsumerRegisters + kProducerRegisters;
     return smem_bytes() <= kSmemBytes && tile_m % 16 == 0 && head_dim % 16 == 0 &&
-           dq_queries() % 16 == 0 && boxes() <= kGroups && registers * 128 <= 65536;
+           dq_queries() % 16 == 0 && (masked || !split_steps) && boxes() <= kGroups && registers * 128 <= 65536;
   }
 
   // Where the terms of the rows of a tile lie, so that a thread reads those of its columns of S^T

@@ -10,6 +10,10 @@
 
 namespace online_attention::cuda::hopper {
 
+// What is known of the steps that a copy of their code runs: no mask cuts them, it cuts all, or each
+// has to be asked.
+enum class Steps { plain, cut, either };
+
 template <typename Element, BackwardConfig kConfig>
 struct BackwardConsumer {
   using Map = BackwardMap<kConfig>;
@@ -103,7 +107,9 @@ struct BackwardConsumer {
     }
   }
 
+  // Whether more is to be done about the step than the five products.
   __device__ __forceinline__ bool is_cut() const {
+    if (marked) return true;
     const KeyTile& tile = smem.tile();
     const int32_t q_begin = step.q_tile * kConfig.tile_m;
     return q_begin < tile.plain_begin || q_begin + kConfig.tile_m > tile.plain_end;
@@ -138,18 +144,22 @@ struct BackwardConsumer {
   //     dP^T under the exponentials, dV under dS, dQ and dK under the additions to dQ.
   // The first step computes a dQ of what lies there and drops it: ptxas lets no product run on from
   // one copy of the step into another.
-  __device__ __forceinline__ void run_step() {
+  template <Steps kSteps>
+  __device__ __forceinline__ void run_step(typename Tile::Rounded& ds_rounded) {
+    constexpr bool kMayBeCut = kSteps != Steps::plain, kDrained = kSteps == Steps::cut;
+    const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
     const int stage = stage_of(index), last = stage ^ 1;
     const uint32_t phase = phase_of(index);
-    const bool cut = kConfig.banded && is_cut();
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
     typename Tile::Rounded p_rounded;
     wait(smem.q_full(stage), phase);
     keys.start_pairs(p, rows_of(smem.k()), smem.q(stage));
     if constexpr (!kConfig.early_values) {
-      ptx::wgmma_wait<1>();
-      ptx::held(keys.dk);
-      ptx::held(keys.ds_rounded);
+      if constexpr (!kDrained) {
+        ptx::wgmma_wait<1>();
+        ptx::held(keys.dk);
+        ptx::held(ds_rounded);
+      }
       if (index > 0) release(smem.q_empty(last));
     }
     if (index == 0) wait(smem.v_full(), 0);
@@ -158,11 +168,13 @@ struct BackwardConsumer {
     ptx::wgmma_wait<1>();
     ptx::held(p);
     if constexpr (kConfig.early_values) {
-      ptx::held(keys.dk);
-      ptx::held(keys.ds_rounded);
+      if constexpr (!kDrained) {
+        ptx::held(keys.dk);
+        ptx::held(ds_rounded);
+      }
       if (index > 0) release(smem.q_empty(last));
     }
-    if (kConfig.banded && marked) keys.add_key_marks(p, smem.mark(64 * group));
+    if (kMayBeCut && marked) keys.add_key_marks(p, smem.mark(64 * group));
     keys.weigh(p, call.factor_log2, smem.lse2(stage));
     if (cut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
@@ -179,9 +191,9 @@ struct BackwardConsumer {
     keys.subtract_delta(ds, p, smem.delta(stage));
     if (cut) keys.drop_without_weight(ds, p);
     if constexpr (!kConfig.early_values) keys.round(p_rounded, p);
-    keys.round(keys.ds_rounded, ds);
+    keys.round(ds_rounded, ds);
     wait(smem.ds_empty(stage), phase ^ 1);
-    keys.store_ds(smem.ds(stage) + group * kConfig.q_box_bytes());
+    keys.store_ds(ds_rounded, smem.ds(stage) + group * kConfig.q_box_bytes());
     ptx::fence_async_proxy();
     __syncwarp();
     release(smem.ds_full(stage));
@@ -191,7 +203,7 @@ struct BackwardConsumer {
     typename Tile::Dq dq;
     if (index > 0) wait(smem.ds_full(last), phase_of(index - 1));
     keys.start_dq(dq, smem.k(), smem.ds(last), group);
-    keys.start_gradient(keys.dk, keys.ds_rounded, smem.q(stage));
+    keys.start_gradient(keys.dk, ds_rounded, smem.q(stage));
     ptx::wgmma_wait<1>();
     ptx::held(keys.dv);
     ptx::held(p_rounded);
@@ -202,6 +214,7 @@ struct BackwardConsumer {
       release(smem.ds_empty(last));
       add_dq(dq);
     }
+    if constexpr (kDrained) finish_dk(ds_rounded);
     const int warp = 4 * group + keys.warp();
     dq_target = call.buffers.dq_sums +
                 tile_index(call, smem.tile(), step) * kConfig.dq_floats() +
@@ -210,21 +223,46 @@ struct BackwardConsumer {
     ++index;
   }
 
+  __device__ __forceinline__ void finish_dk(typename Tile::Rounded& ds_rounded) {
+    ptx::wgmma_wait<0>();
+    ptx::held(keys.dk);
+    ptx::held(ds_rounded);
+  }
+  template <Steps kSteps>
+  __device__ __forceinline__ void run_steps(uint32_t steps) {
+    typename Tile::Rounded ds_rounded;  // the A operand of the last dK += dS^T Q
+#pragma unroll 1
+    do {
+      run_step<kSteps>(ds_rounded);
+    } while (index < steps && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
+    if (kSteps != Steps::cut) finish_dk(ds_rounded);
+  }
+
   __device__ __forceinline__ void run() {
     const auto steps = static_cast<uint32_t>(smem.tile().steps);
     if (steps > 0) {
       step = first_step(smem.tile(), call.plan.group);
       wait(smem.k_full(), 0);
-      if (kConfig.banded && call.args.mask.is_banded()) mark_nonfinite_keys();
+      if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
+      if constexpr (!kConfig.masked) {
+        run_steps<Steps::plain>(steps);
+      } else if constexpr (!kConfig.split_steps) {
+        run_steps<Steps::either>(steps);
+      } else {
 #pragma unroll 1
-      while (index < steps) run_step();
+        while (index < steps) {
+          if (is_cut()) {
+            run_steps<Steps::cut>(steps);
+          } else {
+            run_steps<Steps::plain>(steps);
+          }
+        }
+      }
       typename Tile::Dq dq;
       wait(smem.ds_full(stage_of(index - 1)), phase_of(index - 1));
       keys.start_dq(dq, smem.k(), smem.ds(stage_of(index - 1)), group);
       ptx::wgmma_wait<0>();
       ptx::held(dq);
-      ptx::held(keys.dk);
-      ptx::held(keys.ds_rounded);
       add_dq(dq);
     }
     store();

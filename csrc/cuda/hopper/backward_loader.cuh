@@ -31,28 +31,33 @@ __device__ __forceinline__ KeyTile key_tile_at(const BackwardCall& call, uint32_
   const QRange queries =
       mask.q_range(kv_begin, kv_end, static_cast<int32_t>(call.args.shape.S_q));
   const QRange plain = seen_by_all_of(mask, kv_begin, kv_end);
-  KeyTile tile = {at.b, at.h_kv, kv_begin, 0, 0, plain.begin, plain.end, 0};
+  KeyTile tile = {at.b, at.h_kv, kv_begin, 0, 0, 0, plain.begin, plain.end, 0};
   if (queries.size() > 0) {
     tile.q_tile_begin = queries.begin / kConfig.tile_m;
     tile.q_tile_end = ceil_div(queries.end, kConfig.tile_m);
+    tile.q_tile_first = tile.q_tile_begin;
+    // Blocks of a head that run side by side keep apart, or all would add to the same dQ.
+    if (!mask.is_banded()) {
+      tile.q_tile_first = static_cast<int32_t>(int64_t{at.kv_tile} * tile.q_tile_end /
+                                               static_cast<int32_t>(call.plan.kv_tiles));
+    }
     tile.steps = (tile.q_tile_end - tile.q_tile_begin) * call.plan.group;
   }
   return tile;
 }
 
-// A step of a block: a query tile of one head. Heads of the group in turn, first tile first.
+// A step of a block: a query tile of one head. Heads of the group in turn, tiles in ascending order
+// from the first one on, then those before it.
 struct QueryStep {
   int32_t h, q_tile;
 
   __device__ __forceinline__ void advance(const KeyTile& tile) {
-    if (++q_tile == tile.q_tile_end) {
-      q_tile = tile.q_tile_begin;
-      ++h;
-    }
+    if (++q_tile == tile.q_tile_end) q_tile = tile.q_tile_begin;
+    if (q_tile == tile.q_tile_first) ++h;
   }
 };
 __device__ __forceinline__ QueryStep first_step(const KeyTile& tile, int32_t group) {
-  return {tile.h_kv * group, tile.q_tile_begin};
+  return {tile.h_kv * group, tile.q_tile_first};
 }
 // Among the query tiles of all heads.
 __device__ __forceinline__ int64_t tile_index(const BackwardCall& call, const KeyTile& tile,

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads)
                         int32_t head_rows, int lanes) {
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
-  const int64_t row = int64_t{blockIdx.x} * (kThreads / lanes) + threadIdx.x / lanes;
+  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is written last is used first
+  const int64_t row = int64_t{block} * (kThreads / lanes) + threadIdx.x / lanes;
   if (row >= rows) return;  // whole rows, of half a warp at least
   const int64_t head = row / head_rows;
   const auto s = static_cast<int32_t>(row % head_rows);
@@ -71,11 +72,12 @@ __global__ void __launch_bounds__(kThreads)
     finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
                      BackwardConfig config, int32_t q_tiles) {
   extern __shared__ __align__(16) unsigned char smem[];
+  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what was added to last is still in the cache
   auto* tile = reinterpret_cast<Element*>(smem);
   const int pitch = config.boxes() * BackwardConfig::kColumns + kVector;  // in elements
   const auto factor = static_cast<float>(args.factor);
   const auto* fours =
-      reinterpret_cast<const float4*>(sums + int64_t{blockIdx.x} * config.dq_floats());
+      reinterpret_cast<const float4*>(sums + int64_t{block} * config.dq_floats());
   for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kThreads) {
     const float4 x = fours[i];
     const float four[4] = {x.x, x.y, x.z, x.w};
@@ -87,8 +89,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  const int64_t head = blockIdx.x / q_tiles;
-  const int32_t q_begin = blockIdx.x % q_tiles * config.tile_m;
+  const int64_t head = block / q_tiles;
+  const int32_t q_begin = block % q_tiles * config.tile_m;
   const int64_t b = head / args.shape.H, h = head % args.shape.H;
   const int chunks = static_cast<int>(args.shape.D) / kVector;
   for (int i = threadIdx.x; i < config.tile_m * chunks; i += kThreads) {

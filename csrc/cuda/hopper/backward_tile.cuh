@@ -27,7 +27,6 @@ struct BackwardTile {
 
   float dk[kGradients] = {};
   float dv[kGradients] = {};
-  Rounded ds_rounded;  // the A operand of the last dK += dS^T Q
 
   // Read anew at every call: addresses made of them would stay in registers all the time.
   __device__ __forceinline__ static int lane() {
@@ -162,7 +161,7 @@ struct BackwardTile {
   }
 
   // Writes dS, rounded, a row for each query; `box` is where the group's columns are.
-  __device__ __forceinline__ void store_ds(uint32_t box) const {
+  __device__ __forceinline__ static void store_ds(const Rounded& ds, uint32_t box) {
     const int at = lane(), in_matrix = at % 8, matrix = at / 8;
     const int chunk = (2 * warp() + matrix % 2) ^ in_matrix;
     const uint32_t target = box + (matrix / 2 * 8 + in_matrix) * kRowBytes + chunk * 16;
@@ -170,7 +169,7 @@ struct BackwardTile {
     for (int n = 0; n < kConfig.tile_m / 8; n += 2) {
       uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = ds_rounded[2 * n + i];
+      for (int i = 0; i < 4; ++i) words[i] = ds[2 * n + i];
       ptx::stmatrix_x4_trans(target + n * 8 * kRowBytes, words);
     }
   }

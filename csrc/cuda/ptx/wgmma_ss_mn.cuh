@@ -1,12 +1,36 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// D[64, N] = A^T B^T + D (D = A^T B^T unless `accumulate`), A [16, 64] and B [N, 16] in shared memory,
-// described by smem_descriptor. All 128 threads of a warpgroup; asynchronous, see wgmma.cuh. One
-// function for each N, told apart by the accumulators: N / 2 registers a thread.
+// D[64, N] = A^T B^T + D (D = A^T B^T unless `accumulate`), A [16, 64] and B [N, 16] in shared
+// memory, described by smem_descriptor. All 128 threads of a warpgroup; asynchronous, see
+// wgmma.cuh. One function for each N, told apart by the accumulators: N / 2 registers a thread.
 #pragma once
 
 #include "cuda/ptx/wgmma.cuh"
 
 namespace online_attention::cuda::ptx {
+
+// wgmma.mma_async.sync.aligned.m64n32k16.f32, A and B in shared memory, A MN-major, B K-major.
+template <typename Element>
+__device__ __forceinline__ void wgmma_ss_mn(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32%19%19 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+      "}, %16, %17, p, 1, 1, 1, 0;}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<Element>::name));
+}
+
+// wgmma.mma_async.sync.aligned.m64n48k16.f32, A and B in shared memory, A MN-major, B K-major.
+template <typename Element>
+__device__ __forceinline__ void wgmma_ss_mn(float (&d)[24], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %26, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32%27%27 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23"
+      "}, %24, %25, p, 1, 1, 1, 0;}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+      : "l"(a), "l"(b), "r"(accumulate), "C"(WgmmaType<Element>::name));
+}
 
 // wgmma.mma_async.sync.aligned.m64n64k16.f32, A and B in shared memory, A MN-major, B K-major.
 template <typename Element>
