@@ -16,6 +16,9 @@ struct BackwardBuffers {
   float* delta = nullptr;
   // fp32 sums of dQ before the scale, a tile after the other as dq_place has them.
   float* dq_sums = nullptr;
+  // How many key tiles have been taken beyond the first of each block, 0 at the start; nullptr:
+  // blocks take turns.
+  uint32_t* taken = nullptr;
 };
 
 struct BackwardCall {

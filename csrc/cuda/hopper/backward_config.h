@@ -15,7 +15,7 @@ struct KeyTile {
   int32_t q_tile_begin, q_tile_end;  // the query tiles that see some of its keys
   int32_t q_tile_first;              // the one to begin with
   int32_t plain_begin, plain_end;    // the queries that see all of them
-  int32_t steps;                     // query tiles, of all heads of the group
+  int32_t steps;  // query tiles, of all heads of the group; -1: there is no further key tile
 };
 
 // Named barriers (ids of ptx::barrier_sync).
@@ -30,7 +30,6 @@ struct BackwardConfig {
   bool split_steps = false;  // steps that the mask cuts have code of their own
   // dV starts before dS is computed; costs tile_m / 4 registers.
   bool early_values = false;
-  bool direct_dq = false;  // dQ is added from registers, not through shared memory
 
   static constexpr int kGroups = 2;  // warpgroups that compute, of 64 keys each
   static constexpr int kTileN = 64 * kGroups;
@@ -58,10 +57,14 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int ds_bytes() const { return kGroups * q_box_bytes(); }
   // What a warp adds to dQ in a step.
   ONLINE_ATTENTION_HD constexpr int dq_warp_bytes() const { return dq_queries() * 16 * 4; }
+  // A warp's share of all dS.
+  ONLINE_ATTENTION_HD constexpr int ds_warp_bytes() const {
+    return kStages * ds_bytes() / (4 * kGroups);
+  }
   ONLINE_ATTENTION_HD constexpr int terms_bytes() const { return tile_m * 4; }
 
   // Offsets: K, V, Q, dO, dS, dQ, the terms of the query rows (lse, delta), marks of the keys,
-  // barriers of 8 bytes each, the KeyTile.
+  // barriers of 8 bytes each, KeyTiles.
   ONLINE_ATTENTION_HD constexpr int v_offset() const { return kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int q_offset() const { return 2 * kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int dout_offset() const { return q_offset() + kStages * q_bytes(); }
@@ -70,21 +73,25 @@ struct BackwardConfig {
   }
   ONLINE_ATTENTION_HD constexpr int dq_offset() const { return ds_offset() + kStages * ds_bytes(); }
   ONLINE_ATTENTION_HD constexpr int terms_offset() const {
-    return dq_offset() + (direct_dq ? 0 : 4 * kGroups * dq_warp_bytes());
+    return dq_offset() + 4 * kGroups * dq_warp_bytes();
   }
   ONLINE_ATTENTION_HD constexpr int marks_offset() const {
     return terms_offset() + 2 * kStages * terms_bytes();
   }
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const { return marks_offset() + kTileN * 4; }
-  static constexpr int kBarriers = 2 + 6 * kStages;
-  ONLINE_ATTENTION_HD constexpr int tile_offset() const { return barrier_offset() + kBarriers * 8; }
+  static constexpr int kTiles = 4;  // one is stored, one computed, one on its way
+  static constexpr int kBarriers = 5 + 6 * kStages;
+  ONLINE_ATTENTION_HD constexpr int tile_offset() const { return barrier_offset() + (kBarriers + 1) * 8; }
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
-    return tile_offset() + static_cast<int>(sizeof(KeyTile));
+    return tile_offset() + kTiles * static_cast<int>(sizeof(KeyTile));
   }
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = kGroups * kConsumerRegisters + kProducerRegisters;
-    return smem_bytes() <= kSmemBytes && tile_m % 16 == 0 && head_dim % 16 == 0 &&
+    // dK and dV leave through the places of dS and dQ, 16 rows of each warp.
+    const int rows_bytes = boxes() * 16 * kRowBytes;
+    return ds_warp_bytes() >= rows_bytes && dq_warp_bytes() >= rows_bytes &&
+           ds_warp_bytes() % 1024 == 0 && dq_warp_bytes() % 1024 == 0 && smem_bytes() <= kSmemBytes && tile_m % 16 == 0 && head_dim % 16 == 0 &&
            dq_queries() % 16 == 0 && (masked || !split_steps) && boxes() <= kGroups && registers * 128 <= 65536;
   }
 
@@ -109,18 +116,27 @@ ONLINE_ATTENTION_HD constexpr DqPlace dq_place(const BackwardConfig& config, int
                              : DqPlace{query, column + 64 * group};
 }
 
-// Rows of kBackward: what was measured against them stands in docs/hopper_backward.md.
-template <int kHeadDim>
+// Rows of kBackward, for calls without and with a mask: what was measured against them stands in
+// docs/hopper_backward.md.
+template <int kHeadDim, bool kMasked>
 inline constexpr BackwardConfig kBackward = {};
 template <>
-inline constexpr BackwardConfig kBackward<64> = {
-    .head_dim = 64, .tile_m = 128, .early_values = false};
+inline constexpr BackwardConfig kBackward<64, false> = {.head_dim = 64, .tile_m = 128};
 template <>
-inline constexpr BackwardConfig kBackward<96> = {
+inline constexpr BackwardConfig kBackward<64, true> = {
+    .head_dim = 64, .tile_m = 128, .masked = true};
+template <>
+inline constexpr BackwardConfig kBackward<96, false> = {
     .head_dim = 96, .tile_m = 64, .early_values = true};
 template <>
-inline constexpr BackwardConfig kBackward<128> = {
+inline constexpr BackwardConfig kBackward<96, true> = {
+    .head_dim = 96, .tile_m = 64, .masked = true, .split_steps = true, .early_values = true};
+template <>
+inline constexpr BackwardConfig kBackward<128, false> = {
     .head_dim = 128, .tile_m = 64, .early_values = true};
+template <>
+inline constexpr BackwardConfig kBackward<128, true> = {
+    .head_dim = 128, .tile_m = 64, .masked = true, .split_steps = true};
 inline constexpr int64_t kBackwardHeadDimMax = 128;
 
 }  // namespace online_attention::cuda::hopper

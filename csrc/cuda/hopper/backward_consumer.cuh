@@ -6,7 +6,6 @@
 #include "cuda/hopper/backward_tile.cuh"
 #include "cuda/hopper/producer.cuh"
 #include "cuda/ptx/barrier.cuh"
-#include "cuda/ptx/global.cuh"
 
 namespace online_attention::cuda::hopper {
 
@@ -25,7 +24,9 @@ struct BackwardConsumer {
   int group;  // 0 or 1
   Tile keys;
   QueryStep step;
-  uint32_t index = 0;    // of the step
+  uint32_t index = 0;    // of the step, over all key tiles
+  uint32_t tiles = 0;    // key tiles that are done
+  bool first;            // whether it is the first step of its key tile
   bool marked = false;   // whether some key of the block held Inf or NaN
   float* dq_target;      // this warp's sums of the last step's dQ
 
@@ -33,6 +34,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ static int thread() {  // of both consumers'
     return static_cast<int>(ptx::thread_index()) - 128;
   }
+  __device__ __forceinline__ const KeyTile& tile() const { return smem.tile(tiles); }
   __device__ __forceinline__ static void wait_for_consumers() {
     ptx::barrier_sync(kConsumersBarrier, kThreads);
   }
@@ -90,12 +92,12 @@ struct BackwardConsumer {
   // Exact weights are positive, so the sum is what the weighted one would be.
   __device__ __forceinline__ void add_nonfinite_dout() {
     const BackwardArgs& args = call.args;
-    const int32_t kv = smem.tile().kv_begin + 64 * group;
+    const int32_t kv = tile().kv_begin + 64 * group;
     const int32_t q_begin = step.q_tile * kConfig.tile_m;
     const int32_t q_end = min(q_begin + kConfig.tile_m, static_cast<int32_t>(args.shape.S_q));
 #pragma unroll 1
     for (int32_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
-      const Element* row = args.dout.row<const Element>(smem.tile().b, step.h, q_idx);
+      const Element* row = args.dout.row<const Element>(tile().b, step.h, q_idx);
       const KvRange seen = args.mask.kv_range(q_idx, q_idx + 1);
 #pragma unroll
       for (int i = 0; i < Tile::kGradients; ++i) {
@@ -110,24 +112,15 @@ struct BackwardConsumer {
   // Whether more is to be done about the step than the five products.
   __device__ __forceinline__ bool is_cut() const {
     if (marked) return true;
-    const KeyTile& tile = smem.tile();
+    const KeyTile& of = tile();
     const int32_t q_begin = step.q_tile * kConfig.tile_m;
-    return q_begin < tile.plain_begin || q_begin + kConfig.tile_m > tile.plain_end;
+    return q_begin < of.plain_begin || q_begin + kConfig.tile_m > of.plain_end;
   }
 
   // Adds this warp's part of the last step's dQ to the sums.
   __device__ __forceinline__ void add_dq(const typename Tile::Dq& dq) const {
     const int warp = 4 * group + keys.warp();
     if (kConfig.head_dim % 64 != 0 && warp * 16 >= kConfig.head_dim) return;  // no such columns
-    if constexpr (kConfig.direct_dq) {
-      float* target = dq_target + keys.lane() * 4;
-#pragma unroll
-      for (int i = 0; i < Tile::kDqs; i += 4) {
-        const float four[4] = {dq[i], dq[i + 1], dq[i + 2], dq[i + 3]};
-        ptx::reduce_add(target + i * 32, four);
-      }
-      return;
-    }
     if (speaks()) ptx::tma_store_wait_read<0>();
     __syncwarp();
     keys.store_dq(dq, smem.dq(warp));
@@ -160,9 +153,9 @@ struct BackwardConsumer {
         ptx::held(keys.dk);
         ptx::held(ds_rounded);
       }
-      if (index > 0) release(smem.q_empty(last));
+      if (!first) release(smem.q_empty(last));
     }
-    if (index == 0) wait(smem.v_full(), 0);
+    if (first) wait(smem.v_full(), tiles % 2);
     wait(smem.dout_full(stage), phase);
     keys.start_pairs(ds, rows_of(smem.v()), smem.dout(stage));
     ptx::wgmma_wait<1>();
@@ -172,13 +165,13 @@ struct BackwardConsumer {
         ptx::held(keys.dk);
         ptx::held(ds_rounded);
       }
-      if (index > 0) release(smem.q_empty(last));
+      if (!first) release(smem.q_empty(last));
     }
     if (kMayBeCut && marked) keys.add_key_marks(p, smem.mark(64 * group));
     keys.weigh(p, call.factor_log2, smem.lse2(stage));
     if (cut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
-                step.q_tile * kConfig.tile_m, smem.tile().kv_begin + 64 * group);
+                step.q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
     }
     if constexpr (kConfig.early_values) keys.round(p_rounded, p);
     ptx::wgmma_wait<0>();
@@ -201,7 +194,7 @@ struct BackwardConsumer {
       keys.start_gradient(keys.dv, p_rounded, smem.dout(stage));
     }
     typename Tile::Dq dq;
-    if (index > 0) wait(smem.ds_full(last), phase_of(index - 1));
+    if (!first) wait(smem.ds_full(last), phase_of(index - 1));
     keys.start_dq(dq, smem.k(), smem.ds(last), group);
     keys.start_gradient(keys.dk, ds_rounded, smem.q(stage));
     ptx::wgmma_wait<1>();
@@ -210,17 +203,18 @@ struct BackwardConsumer {
     release(smem.dout_empty(stage));
     if (cleared) add_nonfinite_dout();
     ptx::held(dq);
-    if (index > 0) {
+    if (!first) {
       release(smem.ds_empty(last));
       add_dq(dq);
     }
     if constexpr (kDrained) finish_dk(ds_rounded);
     const int warp = 4 * group + keys.warp();
     dq_target = call.buffers.dq_sums +
-                tile_index(call, smem.tile(), step) * kConfig.dq_floats() +
+                int64_t{tile_index(call, tile(), step)} * kConfig.dq_floats() +
                 warp * (kConfig.dq_warp_bytes() / 4);
-    step.advance(smem.tile());
+    step.advance(tile());
     ++index;
+    first = false;
   }
 
   __device__ __forceinline__ void finish_dk(typename Tile::Rounded& ds_rounded) {
@@ -229,69 +223,91 @@ struct BackwardConsumer {
     ptx::held(ds_rounded);
   }
   template <Steps kSteps>
-  __device__ __forceinline__ void run_steps(uint32_t steps) {
+  __device__ __forceinline__ void run_steps(uint32_t end) {
     typename Tile::Rounded ds_rounded;  // the A operand of the last dK += dS^T Q
 #pragma unroll 1
     do {
       run_step<kSteps>(ds_rounded);
-    } while (index < steps && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
+    } while (index < end && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
     if (kSteps != Steps::cut) finish_dk(ds_rounded);
   }
 
   __device__ __forceinline__ void run() {
-    const auto steps = static_cast<uint32_t>(smem.tile().steps);
-    if (steps > 0) {
-      step = first_step(smem.tile(), call.plan.group);
-      wait(smem.k_full(), 0);
-      if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
-      if constexpr (!kConfig.masked) {
-        run_steps<Steps::plain>(steps);
-      } else if constexpr (!kConfig.split_steps) {
-        run_steps<Steps::either>(steps);
-      } else {
 #pragma unroll 1
-        while (index < steps) {
-          if (is_cut()) {
-            run_steps<Steps::cut>(steps);
-          } else {
-            run_steps<Steps::plain>(steps);
-          }
+    for (;; ++tiles) {
+      wait(smem.k_full(), tiles % 2);
+      const int32_t steps = tile().steps;
+      if (steps < 0) break;
+      clear_gradients();
+      if (steps > 0) run_tile(index + steps);
+      store();
+    }
+    if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the stores
+  }
+  __device__ __forceinline__ void clear_gradients() {
+#pragma unroll
+    for (int i = 0; i < Tile::kGradients; ++i) keys.dk[i] = keys.dv[i] = 0;
+  }
+  // The steps up to `end`.
+  __device__ __forceinline__ void run_tile(uint32_t end) {
+    step = first_step(tile(), call.plan.group);
+    first = true;
+    if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
+    if constexpr (!kConfig.masked) {
+      run_steps<Steps::plain>(end);
+    } else if constexpr (!kConfig.split_steps) {
+      run_steps<Steps::either>(end);
+    } else {
+#pragma unroll 1
+      while (index < end) {
+        if (is_cut()) {
+          run_steps<Steps::cut>(end);
+        } else {
+          run_steps<Steps::plain>(end);
         }
       }
-      typename Tile::Dq dq;
-      wait(smem.ds_full(stage_of(index - 1)), phase_of(index - 1));
-      keys.start_dq(dq, smem.k(), smem.ds(stage_of(index - 1)), group);
-      ptx::wgmma_wait<0>();
-      ptx::held(dq);
-      add_dq(dq);
     }
-    store();
+    const uint32_t last = index - 1;
+    release(smem.q_empty(stage_of(last)));
+    typename Tile::Dq dq;
+    wait(smem.ds_full(stage_of(last)), phase_of(last));
+    keys.start_dq(dq, smem.k(), smem.ds(stage_of(last)), group);
+    ptx::wgmma_wait<0>();
+    ptx::held(dq);
+    release(smem.ds_empty(stage_of(last)));
+    add_dq(dq);
   }
 
-  // dK and dV leave through this warp's rows of K and V.
+  // dK and dV leave through the places of dS and dQ, while the next keys and values come.
   __device__ __forceinline__ void store() const {
-    wait_for_consumers();  // K and V have been read
-    const int32_t row = 64 * group + 16 * keys.warp();
-    const uint32_t offset = row * BackwardConfig::kRowBytes;
-    keys.store_gradient(keys.dv, 1, smem.v() + offset);
-    keys.store_gradient(keys.dk, static_cast<float>(call.args.factor), smem.k() + offset);
+    const int warp = 4 * group + keys.warp();
+    const KeyTile of = tile();
+    __syncwarp();
+    release(smem.kv_empty());
+    wait_for_consumers();  // nobody reads dS any more
+    keys.store_gradient(keys.dk, static_cast<float>(call.args.factor), smem.ds_of_warp(warp));
+    send(call.dk, call.args.dk, smem.ds_of_warp(warp), of, 16 * warp);
+    if (speaks()) ptx::tma_store_wait_read<1>();  // the last dQ has been read
+    __syncwarp();
+    keys.store_gradient(keys.dv, 1, smem.dq(warp));
+    send(call.dv, call.args.dv, smem.dq(warp), of, 16 * warp);
+    if (speaks()) ptx::tma_store_wait_read<1>();  // dK has been read
+    wait_for_consumers();
+  }
+  __device__ __forceinline__ void send(const TensorBox& box, const View& view, uint32_t source,
+                                       const KeyTile& of, int32_t row) const {
     ptx::fence_async_proxy();
     __syncwarp();
     if (!speaks()) return;
-    store_rows(call.dv, call.args.dv, smem.v() + offset, row);
-    store_rows(call.dk, call.args.dk, smem.k() + offset, row);
-    ptx::tma_store_commit();
-    ptx::tma_store_wait_read<0>();  // shared memory must outlive the stores
-  }
-  __device__ __forceinline__ void store_rows(const TensorBox& box, const View& view,
-                                             uint32_t source, int32_t row) const {
-    if (view.data == nullptr) return;
-    const KeyTile& tile = smem.tile();
+    if (view.data != nullptr) {
 #pragma unroll
-    for (int c = 0; c < kConfig.boxes(); ++c) {
-      ptx::tma_store(box.map, source + c * Tile::kKvBoxBytes, c * BackwardConfig::kColumns,
-                     tile.kv_begin + row, tile.h_kv * box.step_h, tile.b * box.step_b);
+      for (int c = 0; c < kConfig.boxes(); ++c) {
+        ptx::tma_store(box.map, source + c * 16 * BackwardConfig::kRowBytes,
+                       c * BackwardConfig::kColumns, of.kv_begin + row, of.h_kv * box.step_h,
+                       of.b * box.step_b);
+      }
     }
+    ptx::tma_store_commit();
   }
 };
 

@@ -17,38 +17,49 @@ namespace {
 using LaunchKernel = Status (*)(const BackwardArgs&, const BackwardPlan&, const BackwardBuffers&,
                                 const Launch&);
 
-struct Bucket {
-  int64_t head_dim;
+struct Kernels {
   const BackwardConfig& config;
   LaunchKernel f16, bf16;
 };
 
+struct Bucket {
+  int64_t head_dim;
+  Kernels full, masked;
+};
+
+template <int kHeadDim, bool kMasked>
+constexpr Kernels kernels() {
+  return {kBackward<kHeadDim, kMasked>, launch_backward<__half, kHeadDim, kMasked>,
+          launch_backward<__nv_bfloat16, kHeadDim, kMasked>};
+}
 template <int kHeadDim>
 constexpr Bucket bucket() {
-  return {kHeadDim, kBackward<kHeadDim>, launch_backward<__half, kHeadDim>,
-          launch_backward<__nv_bfloat16, kHeadDim>};
+  return {kHeadDim, kernels<kHeadDim, false>(), kernels<kHeadDim, true>()};
 }
 
 constexpr Bucket kBuckets[] = {bucket<64>(), bucket<96>(), bucket<128>()};
 
-BackwardPlan plan_for(const BackwardArgs& args, const Device& device) {
-  const BackwardConfig& config = bucket_for(kBuckets, args.shape).config;
-  return plan_backward(args, config.tile_m, BackwardConfig::kTileN, device.multiprocessors);
+const Kernels& kernels_for(const BackwardArgs& args) {
+  const Bucket& bucket = bucket_for(kBuckets, args.shape);
+  return args.mask.is_banded() ? bucket.masked : bucket.full;
 }
 
-// The sums of dQ, then the terms of the rows; every part begins on a multiple of 256 bytes.
+// The sums of dQ, the terms of the rows, the counter of tiles taken; every part begins on a multiple
+// of 256 bytes.
 struct Sizes {
-  int64_t dq_sums, terms;
+  int64_t dq_sums, terms, taken;
 
-  Sizes(const BackwardConfig& config, const BackwardPlan& plan)
+  Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan)
       : dq_sums(plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)}),
-        terms(ceil_div<int64_t>(plan.dq_tiles() * config.terms_bytes(), 256) * 256) {}
-  int64_t total() const { return dq_sums + 2 * terms; }
+        terms(ceil_div<int64_t>(plan.dq_tiles() * config.terms_bytes(), 256) * 256),
+        taken(args.mask.is_banded() ? sizeof(uint32_t) : 0) {}
+  int64_t total() const { return dq_sums + 2 * terms + taken; }
   BackwardBuffers in(void* workspace) const {
     auto* bytes = static_cast<unsigned char*>(workspace);
     return {.lse2 = reinterpret_cast<float*>(bytes + dq_sums),
             .delta = reinterpret_cast<float*>(bytes + dq_sums + terms),
-            .dq_sums = reinterpret_cast<float*>(bytes)};
+            .dq_sums = reinterpret_cast<float*>(bytes),
+            .taken = taken > 0 ? reinterpret_cast<uint32_t*>(bytes + dq_sums + 2 * terms) : nullptr};
   }
 };
 
@@ -76,18 +87,20 @@ bool runs_backward(const BackwardArgs& args, const Device&) {
 }
 
 int64_t backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
-  return Sizes(bucket_for(kBuckets, args.shape).config, plan_for(args, device)).total();
+  const BackwardConfig& config = kernels_for(args).config;
+  return Sizes(args, config, plan_blocks(args, config, device.multiprocessors)).total();
 }
 
 Status backward(const BackwardArgs& args, const Launch& launch) {
-  const Bucket& bucket = bucket_for(kBuckets, args.shape);
-  const BackwardPlan plan = plan_for(args, launch.device);
-  const BackwardBuffers buffers = Sizes(bucket.config, plan).in(launch.workspace);
-  Status status = prepare_rows(args, plan, bucket.config, buffers, launch.stream);
+  const Kernels& kernels = kernels_for(args);
+  const BackwardConfig& config = kernels.config;
+  const BackwardPlan plan = plan_blocks(args, config, launch.device.multiprocessors);
+  const BackwardBuffers buffers = Sizes(args, config, plan).in(launch.workspace);
+  Status status = prepare_rows(args, plan, config, buffers, launch.stream);
   if (status != kOk) return status;
-  status = (args.dtype == DType::f16 ? bucket.f16 : bucket.bf16)(args, plan, buffers, launch);
+  status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
   if (status != kOk || args.dq.data == nullptr) return status;
-  return finish_dq(args, plan, bucket.config, buffers, launch.stream);
+  return finish_dq(args, plan, config, buffers, launch.stream);
 }
 
 }  // namespace online_attention::cuda::hopper

@@ -2,6 +2,8 @@
 // The kernel, and the body of launch_backward, for the .cu files that instantiate it.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/hopper/backward.cuh"
 #include "cuda/hopper/backward_launch.h"
 #include "cuda/hopper/tensor_map.h"
@@ -10,11 +12,11 @@
 namespace online_attention::cuda::hopper {
 
 // A kernel's own template arguments must be types and integers, hence not a BackwardConfig.
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kMasked>
 __global__ void __launch_bounds__(BackwardConfig::kThreads, 1)
     hopper_backward_kernel(const __grid_constant__ BackwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr BackwardConfig kConfig = kBackward<kHeadDim>;
+  constexpr BackwardConfig kConfig = kBackward<kHeadDim, kMasked>;
   backward_block<Element, kConfig>(call, smem);
 }
 
@@ -46,15 +48,18 @@ inline Status describe_call(const BackwardArgs& args, const BackwardPlan& plan,
   return kOk;
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kMasked>
 Status launch_backward(const BackwardArgs& args, const BackwardPlan& plan,
                        const BackwardBuffers& buffers, const Launch& on) {
-  constexpr BackwardConfig kConfig = kBackward<kHeadDim>;
+  constexpr BackwardConfig kConfig = kBackward<kHeadDim, kMasked>;
   BackwardCall call;
   const Status status = describe_call(args, plan, kConfig, buffers, call);
   if (status != kOk) return status;
-  return launch(hopper_backward_kernel<Element, kHeadDim>, plan.blocks(), BackwardConfig::kThreads,
-                kConfig.smem_bytes(), on.stream, call);
+  if (plan.blocks() > TilePlan::kMaxTiles)
+    return "the call has more than 2^31 key tiles: split its batch";
+  const int64_t blocks = std::clamp<int64_t>(plan.blocks(), 1, on.device.multiprocessors);
+  return launch(hopper_backward_kernel<Element, kHeadDim, kMasked>, blocks,
+                BackwardConfig::kThreads, kConfig.smem_bytes(), on.stream, call);
 }
 
 }  // namespace online_attention::cuda::hopper

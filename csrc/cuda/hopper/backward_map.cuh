@@ -42,8 +42,13 @@ struct BackwardMap {
   __device__ __forceinline__ uint32_t mark(int key) const {
     return base + kConfig.marks_offset() + key * 4;
   }
-  __device__ __forceinline__ KeyTile& tile() const {
-    return *reinterpret_cast<KeyTile*>(generic + kConfig.tile_offset());
+  // Of the i-th key tile of the block.
+  __device__ __forceinline__ KeyTile& tile(uint32_t i) const {
+    return reinterpret_cast<KeyTile*>(generic + kConfig.tile_offset())[i % BackwardConfig::kTiles];
+  }
+  // A warp's share of all dS, where nobody reads them any more.
+  __device__ __forceinline__ uint32_t ds_of_warp(int warp) const {
+    return base + kConfig.ds_offset() + warp * kConfig.ds_warp_bytes();
   }
 
   __device__ __forceinline__ uint32_t barrier(int index) const {
@@ -51,6 +56,8 @@ struct BackwardMap {
   }
   __device__ __forceinline__ uint32_t k_full() const { return barrier(0); }
   __device__ __forceinline__ uint32_t v_full() const { return barrier(1); }
+  __device__ __forceinline__ uint32_t kv_empty() const { return barrier(14); }
+  __device__ __forceinline__ uint32_t tile_full(uint32_t i) const { return barrier(15 + i % 2); }
   __device__ __forceinline__ uint32_t q_full(int stage) const { return barrier(2 + stage); }
   __device__ __forceinline__ uint32_t q_empty(int stage) const { return barrier(4 + stage); }
   __device__ __forceinline__ uint32_t dout_full(int stage) const { return barrier(6 + stage); }
@@ -63,6 +70,9 @@ struct BackwardMap {
     constexpr int kWarps = 4 * BackwardConfig::kGroups;
     ptx::mbarrier_init(k_full(), 1);
     ptx::mbarrier_init(v_full(), 1);
+    ptx::mbarrier_init(kv_empty(), kWarps);
+    ptx::mbarrier_init(tile_full(0), 1);
+    ptx::mbarrier_init(tile_full(1), 1);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);
       ptx::mbarrier_init(q_empty(stage), kWarps);

@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % lanes;
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is written last is used first
   const int64_t row = int64_t{block} * (kThreads / lanes) + threadIdx.x / lanes;
+  if (buffers.taken != nullptr && row == 0 && lane == 0) *buffers.taken = 0;
   if (row >= rows) return;  // whole rows, of half a warp at least
   const int64_t head = row / head_rows;
   const auto s = static_cast<int32_t>(row % head_rows);

@@ -25,8 +25,8 @@ struct BackwardTile {
   using Rounded = uint32_t[kPairs / 2];
   using Dq = float[kDqs];
 
-  float dk[kGradients] = {};
-  float dv[kGradients] = {};
+  float dk[kGradients];
+  float dv[kGradients];
 
   // Read anew at every call: addresses made of them would stay in registers all the time.
   __device__ __forceinline__ static int lane() {
@@ -184,11 +184,11 @@ struct BackwardTile {
       ptx::store_shared(place + i * 128, words);
     }
   }
-  // Writes the warp's 16 rows of a gradient, rounded; `rows` is where the first box has them.
+  // Writes the warp's 16 rows of a gradient, rounded, as boxes of 16 rows.
   __device__ __forceinline__ static void store_gradient(const float (&x)[kGradients], float factor,
-                                                        uint32_t rows) {
+                                                        uint32_t boxes) {
     const int at = lane(), in_matrix = at % 8;
-    const uint32_t target = rows + (at / 8 % 2 * 8 + in_matrix) * kRowBytes;
+    const uint32_t target = boxes + (at / 8 % 2 * 8 + in_matrix) * kRowBytes;
 #pragma unroll
     for (int n = 0; n < kConfig.head_dim / 8; n += 2) {
       uint32_t words[4];
@@ -197,7 +197,7 @@ struct BackwardTile {
         words[i] = pack_pair<Element>(x[4 * n + 2 * i] * factor, x[4 * n + 2 * i + 1] * factor);
       }
       const int chunk = (n % 8 + at / 16) ^ in_matrix;
-      ptx::stmatrix_x4(target + n / 8 * kKvBoxBytes + chunk * 16, words);
+      ptx::stmatrix_x4(target + n / 8 * (16 * kRowBytes) + chunk * 16, words);
     }
   }
 };
