@@ -53,7 +53,10 @@ __global__ void __launch_bounds__(BackwardConfig::kThreads, 1)
   constexpr BackwardConfig config = {D, M, MA, SP, EV};
   uint64_t clocks = 0, ns = 0;
   const bool measures = blockIdx.x == 0 && threadIdx.x == 128;
-  if (measures) clocks = clock64(), asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  if (measures) {
+    clocks = clock64();
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  }
   backward_block<Element, config>(call, smem);
   if (measures) {
     uint64_t end;
