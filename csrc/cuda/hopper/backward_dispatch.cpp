@@ -3,7 +3,6 @@
 #include "cuda/head_dim_bucket.h"
 #include "cuda/hopper/addressing.h"
 #include "cuda/hopper/backward.h"
-#include "cuda/hopper/backward_config.h"
 #include "cuda/hopper/backward_launch.h"
 #include "cuda/hopper/backward_rows.h"
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/launch.h"
-#include "cuda/hopper/backward_call.h"
+#include "cuda/hopper/backward_buffers.h"
 
 namespace online_attention::cuda::hopper {
 

@@ -3,8 +3,7 @@
 #pragma once
 
 #include "core/launch.h"
-#include "cuda/hopper/backward_call.h"
-#include "cuda/hopper/backward_config.h"
+#include "cuda/hopper/backward_buffers.h"
 
 namespace online_attention::cuda::hopper {
 
