@@ -520,6 +520,6 @@ int main(int argc, char** argv) {
   const char* only = argc > 3 && std::strcmp(argv[3], "all") != 0 ? argv[3] : nullptr;
   if (mode == "check") return check_all(argc > 2 ? std::atoi(argv[2]) : 40, only);
   if (mode == "bench" && argc > 2) only = std::strcmp(argv[2], "all") != 0 ? argv[2] : nullptr;
-  grid_limit = 132;
+  grid_limit = std::getenv("LAB_GRID") != nullptr ? std::atoi(std::getenv("LAB_GRID")) : 132;
   return bench(only, argc > 3 ? std::atoi(argv[3]) : 512, argc > 4 ? std::atoi(argv[4]) : 16384);
 }
