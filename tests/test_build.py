@@ -173,9 +173,30 @@ def test_ptxas_has_no_warning(printed: dict[str, list[str]]):
 HOPPER_PRODUCTS = {head_dim: 3 * (head_dim // 16) + 3 * (128 // 16) for head_dim in (64, 96, 128)}
 
 
-def test_hopper_kernels_hold_their_products(printed: dict[str, list[str]]):
-    objects = [target for target in printed if "/hopper/forward_" in target]
-    assert len(objects) == 2 * len(HOPPER_PRODUCTS)
+# The same of a backward object, which holds a kernel without and one with masks. A copy of the step
+# has S, dP, dV, dK and dQ; dQ of 128 keys / 16 comes once more behind the last step. Queries of a
+# step and copies of it: csrc/cuda/hopper/backward_config.h.
+def backward_products(head_dim: int, queries: int, copies: int) -> int:
+    step = 2 * (head_dim // 16) + 2 * (queries // 16) + 128 // 16
+    return copies * step + 128 // 16
+
+
+HOPPER_BACKWARD_PRODUCTS = {
+    64: backward_products(64, 128, 1) + backward_products(64, 128, 1),
+    96: backward_products(96, 64, 1) + backward_products(96, 64, 2),
+    128: backward_products(128, 64, 1) + backward_products(128, 64, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [("forward", HOPPER_PRODUCTS), ("backward", HOPPER_BACKWARD_PRODUCTS)],
+)
+def test_hopper_kernels_hold_their_products(
+    printed: dict[str, list[str]], name: str, products: dict[int, int]
+):
+    objects = [target for target in printed if re.search(rf"/hopper/{name}_b?f16_d", target)]
+    assert len(objects) == 2 * len(products)
     cuobjdump = ptxas.disassembler()
     if cuobjdump is None:
         pytest.skip("there is no cuobjdump here")
@@ -185,7 +206,7 @@ def test_hopper_kernels_hold_their_products(printed: dict[str, list[str]]):
         ).stdout
         found = re.search(r"_d(\d+)\.cu", target)
         assert found is not None
-        assert sass.count("HGMMA.64x") == HOPPER_PRODUCTS[int(found[1])], target
+        assert sass.count("HGMMA.64x") == products[int(found[1])], target
         assert "USETMAXREG" in sass
 
 
