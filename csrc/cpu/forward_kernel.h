@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/dropout_mask.h"
+#include "cpu/few_rows_kernel.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
@@ -16,7 +17,8 @@
 
 namespace online_attention::cpu {
 
-template <class Isa, class Element>
+// kInPlace: QueryTile::in_place.
+template <class Isa, class Element, bool kInPlace>
 class TileForward {
  public:
   static void attend(const QueryTile& tile, std::byte* scratch) {
@@ -27,8 +29,8 @@ class TileForward {
          begin += kTileKeys) {
       const auto keys_begin = static_cast<int32_t>(begin);
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
-      if (!tile.in_place) forward.pack_keys(keys);
-      forward.pack_values(keys, keys);
+      if constexpr (!kInPlace) forward.pack_keys(keys);
+      forward.take_values(keys);
       forward.values_of_tile_finite_ =
           tile.bias_type != BiasType::none && forward.values_finite(keys);
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
@@ -51,7 +53,8 @@ class TileForward {
   using Vec = typename Lanes::Vec;
 
   static constexpr int kLanes = Lanes::kLanes;
-  static constexpr int kBlockRows = Isa::kBlockRows;
+  // Rows in place come in powers of 2 more often than not: those of a group of heads.
+  static constexpr int kBlockRows = kInPlace ? QueryTile::kFewRows : Isa::kBlockRows;
   static constexpr int kBlockVecs = Isa::kBlockVecs;
   static constexpr int kPanelKeys = kBlockVecs * kLanes;  // the keys of one micro-kernel
   static constexpr int kTileKeys = 512 / static_cast<int>(sizeof(Real));
@@ -61,7 +64,7 @@ class TileForward {
   // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
   // elements. Few rows wait for memory and have time for them.
   static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
-  static constexpr int kPartInPlace = kNarrow ? kWeightStride : 32;
+  static constexpr int kPart = kNarrow || !kInPlace ? kWeightStride : 32;
 
   template <int kRows>
   using Block = RowBlock<kRows>;
@@ -87,7 +90,7 @@ class TileForward {
     const auto row = [&](int i) {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
-    if (tile_.in_place) {
+    if constexpr (kInPlace) {
       const int64_t stride = whole_vectors(D_steps_);
       pack_in_rows<Operand>(q_ + block.row_begin * stride, stride, tile_.D, kRows,
                             [&](int i) { return row(smaller(i, block.rows - 1)); });
@@ -108,11 +111,19 @@ class TileForward {
     }
   }
 
+  // The values of the tile `keys`: where they lie, or packed.
+  void take_values(KvRange keys) {
+    if (!kInPlace || tile_.D_v % kLanes != 0) return pack_values(keys, keys);
+    values_lie_ = {static_cast<const Element*>(tile_.v) + keys.begin * tile_.v_stride,
+                   tile_.v_stride, keys.size()};
+  }
+
   // The values of `wanted`, a part of the tile `keys`; zeros for keys that share a step with them,
   // and for those that the bias of `row` hides if it is given.
   void pack_values(KvRange wanted, KvRange keys, const void* bias_row = nullptr) {
     const int64_t D_v = tile_.D_v;
     const auto* v = static_cast<const Element*>(tile_.v);
+    values_lie_ = {};
     if constexpr (Operand::kDepth == 1 && sizeof(Element) == sizeof(Number)) {
       if (D_v % kLanes == 0 && bias_row == nullptr) {
         v_ = v + keys.begin * tile_.v_stride;
@@ -175,7 +186,7 @@ class TileForward {
     const KvRange touched = keys_of(steps, keys);
     const bool all_visible = !bias_.exists() && contains(seen.by_all, touched);
     if (all_visible || values_of_tile_finite_ || values_finite(touched)) {
-      add_values_of<kRows>(out_row(block.row_begin), alpha, weights_of(scores), steps);
+      add_values_of(block, alpha, weights_of(scores), steps, keys);
     } else {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
     }
@@ -219,13 +230,15 @@ class TileForward {
   KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) const {
     const auto sign = static_cast<Real>(tile_.sign);
     const int32_t count = wanted.end - keys.begin;
-    if (tile_.in_place) {
+    if constexpr (kInPlace) {
       const int32_t begin = (wanted.begin - keys.begin) / kLanes * kLanes;
-      const auto* k = static_cast<const Element*>(tile_.k) + (keys.begin + begin) * tile_.k_stride;
-      const auto row = [&](int i) { return k + i * tile_.k_stride; };
+      const int32_t first = keys.begin + begin;
+      const auto* k = static_cast<const Element*>(tile_.k) + first * tile_.k_stride;
+      const auto key = [&](int i) { return k + i * tile_.k_stride; };
       const int64_t q_stride = whole_vectors(D_steps_);
-      dot_queries_keys<Operand, kRows, kTileKeys>(scores + begin, q_ + block.row_begin * q_stride,
-                                                  q_stride, tile_.D, count - begin, row, sign);
+      dot_queries_keys<Isa, Operand, kRows, kTileKeys>(
+          scores + begin, q_ + block.row_begin * q_stride, q_stride, tile_.D, count - begin, key,
+          sign, rows_ahead(block, tile_.v, tile_.v_stride, tile_.D_v, {first, wanted.end}));
       return {begin, static_cast<int32_t>(whole_vectors(count))};
     }
     const Number* q = q_ + block.row_begin * D_steps_;
@@ -269,13 +282,31 @@ class TileForward {
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
 
-  // out := alpha * out + p v over `steps` of the tile, for kRows rows of p and out.
+  // Of keys or values: asked for once, by the first block.
   template <int kRows>
-  void add_values_of(Real* out, const Real* alpha, const Weight* p, KvRange steps) const {
-    const auto add = tile_.in_place
-                         ? add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartInPlace>
-                         : add_values<Operand, kRows, kBlockVecs, kWeightStride, kWeightStride>;
-    add(out, out_stride_, alpha, p, v_, v_stride_, steps);
+  RowsAhead<Element> rows_ahead(Block<kRows> block, const void* matrix, int64_t stride,
+                                int64_t elements, KvRange keys) const {
+    if (block.row_begin > 0) return {};
+    return {static_cast<const Element*>(matrix) + keys.begin * stride, stride, elements,
+            keys.size()};
+  }
+
+  // out := alpha * out + p v over `steps` of the tile, for the rows of `block`.
+  template <int kRows>
+  void add_values_of(Block<kRows> block, const Real* alpha, const Weight* p, KvRange steps,
+                     KvRange keys) const {
+    Real* out = out_row(block.row_begin);
+    if constexpr (kInPlace) {
+      if (values_lie_.count > 0) {
+        const KvRange next = {keys.end, smaller(keys.end + kTileKeys, tile_.some_row_sees.end)};
+        add_values_in_place<Isa, Operand, kRows, kWeightStride, kPart>(
+            out, out_stride_, alpha, p, values_lie_, tile_.D_v, steps,
+            rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, next));
+        return;
+      }
+    }
+    add_values<Operand, kRows, kBlockVecs, kWeightStride, kPart>(out, out_stride_, alpha, p, v_,
+                                                                 v_stride_, steps);
   }
 
   // Of two rows in one block one may see a NaN value that is hidden from the other, whose weight 0
@@ -287,9 +318,10 @@ class TileForward {
       const KvRange seen = row_keys(row, keys);
       if (seen.begin >= seen.end) continue;
       pack_values(seen, keys, bias_row(row));
-      add_values_of<1>(out_row(row), alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys));
+      add_values_of(Block<1>{row, 1}, alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys),
+                    keys);
     }
-    pack_values(keys, keys);
+    take_values(keys);
   }
 
   bool values_finite(KvRange wanted) const {
@@ -345,13 +377,27 @@ class TileForward {
   Number* const packed_v_;     // [steps of a tile][out_stride_]
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
+  ValueRows<Element> values_lie_ = {};  // in the caller's memory; empty if v_ has them
   bool values_of_tile_finite_ = false;  // known where there is a bias
   SoftmaxRow<Real> rows_[QueryTile::kMaxRows + kBlockRows];
 };
 
 template <class Isa, class Element>
+struct TileForms {
+  using InPlace = TileForward<Isa, Element, true>;
+  using Packed = TileForward<Isa, Element, false>;
+  static int64_t scratch_bytes(int64_t D, int64_t D_v) {
+    const int64_t in_place = InPlace::scratch_bytes(D, D_v), packed = Packed::scratch_bytes(D, D_v);
+    return in_place > packed ? in_place : packed;
+  }
+  static void attend(const QueryTile& tile, std::byte* scratch) {
+    tile.in_place ? InPlace::attend(tile, scratch) : Packed::attend(tile, scratch);
+  }
+};
+
+template <class Isa, class Element>
 TileKernel tile_kernel_of() {
-  return {TileForward<Isa, Element>::scratch_bytes, TileForward<Isa, Element>::attend};
+  return {TileForms<Isa, Element>::scratch_bytes, TileForms<Isa, Element>::attend};
 }
 
 template <class Isa>
