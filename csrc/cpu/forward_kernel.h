@@ -336,6 +336,10 @@ class TileForward {
   void finish(Block<kRows> block) const {
     const auto keep_scale = static_cast<Real>(tile_.dropout.keep_scale);
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
+      if (tile_.is_part) {
+        finish_part(row);
+        continue;
+      }
       const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() * keep_scale);  // (E9), (E45)
       const Real* from = out_row(row);
       Element* to = static_cast<Element*>(tile_.out[row]);
@@ -348,6 +352,15 @@ class TileForward {
       }
       *static_cast<Real*>(tile_.lse[row]) = rows_[row].lse();  // (E10)
     }
+  }
+
+  // As RowPart lies in memory.
+  void finish_part(int row) const {
+    auto* to = static_cast<Real*>(tile_.out[row]);
+    for (int64_t d = 0; d < out_stride_; d += kLanes) {
+      Lanes::store(Lanes::load(out_row(row) + d), to + d);
+    }
+    *static_cast<SoftmaxRow<Real>*>(tile_.lse[row]) = rows_[row];
   }
 
   Real* out_row(int row) const { return out_ + row * out_stride_; }
@@ -381,38 +394,5 @@ class TileForward {
   bool values_of_tile_finite_ = false;  // known where there is a bias
   SoftmaxRow<Real> rows_[QueryTile::kMaxRows + kBlockRows];
 };
-
-template <class Isa, class Element>
-struct TileForms {
-  using InPlace = TileForward<Isa, Element, true>;
-  using Packed = TileForward<Isa, Element, false>;
-  static int64_t scratch_bytes(int64_t D, int64_t D_v) {
-    const int64_t in_place = InPlace::scratch_bytes(D, D_v), packed = Packed::scratch_bytes(D, D_v);
-    return in_place > packed ? in_place : packed;
-  }
-  static void attend(const QueryTile& tile, std::byte* scratch) {
-    tile.in_place ? InPlace::attend(tile, scratch) : Packed::attend(tile, scratch);
-  }
-};
-
-template <class Isa, class Element>
-TileKernel tile_kernel_of() {
-  return {TileForms<Isa, Element>::scratch_bytes, TileForms<Isa, Element>::attend};
-}
-
-template <class Isa>
-TileKernel tile_kernel_of(DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-      return tile_kernel_of<Isa, F16>();
-    case DType::bf16:
-      return tile_kernel_of<Isa, Bf16>();
-    case DType::f32:
-      return tile_kernel_of<Isa, float>();
-    case DType::f64:
-      break;
-  }
-  return tile_kernel_of<Isa, double>();
-}
 
 }  // namespace online_attention::cpu
