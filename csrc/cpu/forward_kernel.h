@@ -54,7 +54,7 @@ class TileForward {
 
   static constexpr int kLanes = Lanes::kLanes;
   // Rows in place come in powers of 2 more often than not: those of a group of heads.
-  static constexpr int kBlockRows = kInPlace ? QueryTile::kFewRows : Isa::kBlockRows;
+  static constexpr int kBlockRows = kInPlace ? 8 : Isa::kBlockRows;
   static constexpr int kBlockVecs = Isa::kBlockVecs;
   static constexpr int kPanelKeys = kBlockVecs * kLanes;  // the keys of one micro-kernel
   static constexpr int kTileKeys = 512 / static_cast<int>(sizeof(Real));
@@ -245,6 +245,7 @@ class TileForward {
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
+      if (tile_.is_part) fetch_next(block, key, keys);
       multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores<Isa, Element>>(
           scores + key, q, k_ + key * D_steps_, D_steps_, sign);
     }
@@ -291,6 +292,22 @@ class TileForward {
             keys.size()};
   }
 
+  KvRange tile_after(KvRange keys) const {
+    return {keys.end, smaller(keys.end + kTileKeys, tile_.some_row_sees.end)};
+  }
+
+  // Asks for the keys and values of one panel of the next tile, where nothing else has read them.
+  template <int kRows>
+  void fetch_next(Block<kRows> block, int panel, KvRange keys) const {
+    const KvRange next = tile_after(keys);
+    const auto k = rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, next);
+    const auto v = rows_ahead(block, tile_.v, tile_.v_stride, tile_.D_v, next);
+    for (int i = panel; i < panel + kPanelKeys; ++i) {
+      k.fetch(i, 0, tile_.D);
+      v.fetch(i, 0, tile_.D_v);
+    }
+  }
+
   // out := alpha * out + p v over `steps` of the tile, for the rows of `block`.
   template <int kRows>
   void add_values_of(Block<kRows> block, const Real* alpha, const Weight* p, KvRange steps,
@@ -298,10 +315,9 @@ class TileForward {
     Real* out = out_row(block.row_begin);
     if constexpr (kInPlace) {
       if (values_lie_.count > 0) {
-        const KvRange next = {keys.end, smaller(keys.end + kTileKeys, tile_.some_row_sees.end)};
         add_values_in_place<Isa, Operand, kRows, kWeightStride, kPart>(
             out, out_stride_, alpha, p, values_lie_, tile_.D_v, steps,
-            rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, next));
+            rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, tile_after(keys)));
         return;
       }
     }

@@ -43,7 +43,7 @@ struct QueryTile {
 
   // A kv head with no more query rows, or no more keys, has them multiplied in place: packing does
   // not pay. Its sums are also the more exact ones, as those of others are for so few.
-  static constexpr int kFewRows = 8, kFewKeys = 16;
+  static constexpr int kFewRows = 16, kFewKeys = 16;
   static bool multiplied_in_place(const Shape& s) {
     return s.S_q * s.group() <= kFewRows || s.S_kv <= kFewKeys;
   }
