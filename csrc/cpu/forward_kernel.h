@@ -12,6 +12,7 @@
 #include "cpu/micro_kernel.h"
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
+#include "cpu/row_results.h"
 #include "cpu/score_bias.h"
 #include "cpu/weigh.h"
 
@@ -50,7 +51,6 @@ class TileForward {
   using Number = typename Operand::Number;
   using Weight = typename Operand::Weight;
   using Lanes = Simd<Isa, Real>;
-  using Vec = typename Lanes::Vec;
 
   static constexpr int kLanes = Lanes::kLanes;
   // Rows in place come in powers of 2 more often than not: those of a group of heads.
@@ -58,7 +58,7 @@ class TileForward {
   static constexpr int kBlockVecs = Isa::kBlockVecs;
   static constexpr int kPanelKeys = kBlockVecs * kLanes;  // the keys of one micro-kernel
   static constexpr int kTileKeys = 512 / static_cast<int>(sizeof(Real));
-  static_assert(kTileKeys % kPanelKeys == 0);
+  static_assert(kTileKeys % kPanelKeys == 0 && KeySplit::kTileKeys % kTileKeys == 0);
   // Weights take the place of their row's scores.
   static constexpr int kWeightStride = kTileKeys * static_cast<int>(sizeof(Real) / sizeof(Weight));
   // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
@@ -350,33 +350,16 @@ class TileForward {
 
   template <int kRows>
   void finish(Block<kRows> block) const {
-    const auto keep_scale = static_cast<Real>(tile_.dropout.keep_scale);
+    using Results = RowResults<Isa, Element>;
+    const int64_t D_v = tile_.D_v;
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
+      void *out = tile_.out[row], *lse = tile_.lse[row];
       if (tile_.is_part) {
-        finish_part(row);
-        continue;
+        Results::write_part(rows_[row], out_row(row), D_v, out, lse);
+      } else {
+        Results::write(rows_[row], out_row(row), D_v, tile_.dropout.keep_scale, out, lse);
       }
-      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() * keep_scale);  // (E9), (E45)
-      const Real* from = out_row(row);
-      Element* to = static_cast<Element*>(tile_.out[row]);
-      int64_t d = 0;
-      for (; d + kLanes <= tile_.D_v; d += kLanes) {
-        Lanes::store(Lanes::load(from + d) * inverse_sum, to + d);
-      }
-      if (d < tile_.D_v) {
-        Lanes::store_first(Lanes::load(from + d) * inverse_sum, to + d, tile_.D_v - d);
-      }
-      *static_cast<Real*>(tile_.lse[row]) = rows_[row].lse();  // (E10)
     }
-  }
-
-  // As RowPart lies in memory.
-  void finish_part(int row) const {
-    auto* to = static_cast<Real*>(tile_.out[row]);
-    for (int64_t d = 0; d < out_stride_; d += kLanes) {
-      Lanes::store(Lanes::load(out_row(row) + d), to + d);
-    }
-    *static_cast<SoftmaxRow<Real>*>(tile_.lse[row]) = rows_[row];
   }
 
   Real* out_row(int row) const { return out_ + row * out_stride_; }

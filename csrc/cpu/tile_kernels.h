@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cpu/forward_kernel.h"
-#include "cpu/join_parts.h"
 
 namespace online_attention::cpu {
 
@@ -23,7 +22,7 @@ struct TileForms {
 template <class Isa, class Element>
 TileKernel tile_kernel_of() {
   using Forms = TileForms<Isa, Element>;
-  return {Forms::scratch_bytes, Forms::attend, JoinParts<Isa, Element>::join};
+  return {Forms::scratch_bytes, Forms::attend, RowResults<Isa, Element>::join};
 }
 
 template <class Isa>
