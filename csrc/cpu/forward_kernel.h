@@ -12,6 +12,7 @@
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
 #include "cpu/score_bias.h"
+#include "cpu/softmax_rows.h"
 #include "cpu/weigh.h"
 
 namespace online_attention::cpu {
@@ -29,6 +30,7 @@ class TileForward {
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
       if (!tile.in_place) forward.pack_keys(keys);
       forward.pack_values(keys, keys);
+      forward.fetch_after(keys);
       forward.values_of_tile_finite_ =
           tile.bias_type != BiasType::none && forward.values_finite(keys);
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
@@ -88,11 +90,10 @@ class TileForward {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
     if (tile_.in_place) {
-      const int64_t stride = whole_vectors(D_steps_);
-      pack_in_rows<Operand>(q_ + block.row_begin * stride, stride, tile_.D, kRows,
+      pack_in_rows<Operand>(q_ + block.row_begin * q_stride(), q_stride(), tile_.D, kRows,
                             [&](int i) { return row(smaller(i, block.rows - 1)); });
     } else {
-      pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
+      pack_chunks<Operand, kRows>(q_ + block.row_begin * q_stride(), tile_.D, block.rows, row);
     }
     Real* out = out_row(block.row_begin);
     for (int64_t i = 0; i < kRows * out_stride_; ++i) out[i] = 0;
@@ -106,6 +107,28 @@ class TileForward {
       pack_transposed<Operand, kPanelKeys>(panel, tile_.D, keys.end - begin, row);
       panel += kPanelKeys * D_steps_;
     }
+  }
+
+  // While the rows work on one tile, the keys and values of the next come nearer, a few at a time:
+  // a core drops what it has no buffer for.
+  void fetch_after(KvRange keys) {
+    keys_ahead_ = values_ahead_ = keys.end;
+    ahead_end_ = smaller(keys.end + kTileKeys, tile_.some_row_sees.end);
+    const int panels = (tile_.rows + kBlockRows - 1) / kBlockRows * (kTileKeys / kPanelKeys);
+    keys_at_once_ = (kTileKeys + panels - 1) / panels;
+  }
+  void fetch_keys() {
+    for (int i = 0; i < keys_at_once_ && keys_ahead_ < ahead_end_; ++i, ++keys_ahead_) {
+      fetch(static_cast<const Element*>(tile_.k) + keys_ahead_ * tile_.k_stride, tile_.D);
+    }
+  }
+  void fetch_value() {
+    if (values_ahead_ >= ahead_end_) return;
+    fetch(static_cast<const Element*>(tile_.v) + values_ahead_++ * tile_.v_stride, tile_.D_v);
+  }
+  static void fetch(const Element* row, int64_t elements) {
+    constexpr int64_t kCacheLine = 64 / sizeof(Element);
+    for (int64_t d = 0; d < elements; d += kCacheLine) __builtin_prefetch(row + d, 0, 2);
   }
 
   // The values of `wanted`, a part of the tile `keys`; zeros for keys that share a step with them,
@@ -153,23 +176,14 @@ class TileForward {
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
     Real scores[kRows * kTileKeys];
-    Real alpha[kRows];
+    Real alpha[padded_rows(kRows)];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
       hide(block, scores, panels, keys.begin);
     }
-    for (int i = 0; i < kRows; ++i) {
-      SoftmaxRow<Real>& row = rows_[block.row_begin + i];
-      Real* s = scores + i * kTileKeys;
-      const Real top = largest<Lanes>(s + panels.begin, panels.size());
-      const Real tile_max = top * factor_;
-      // (E6), where raise gives exactly 1 if the maximum stays.
-      alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
-      const Real tile_sum =
-          weigh<Isa, Lanes>(s + panels.begin, weights_of(s) + panels.begin, panels.size(), top,
-                            factor_, row.base());  // (E7) scores become p
-      row.absorb(alpha[i], tile_sum);              // (E8)
-      if (tile_.dropout.exists && i < block.rows) drop(s, panels, block.row_begin + i, keys.begin);
+    weigh_block(block, scores, alpha, panels);
+    for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
+      drop(scores + i * kTileKeys, panels, block.row_begin + i, keys.begin);
     }
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
@@ -179,6 +193,47 @@ class TileForward {
     } else {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
     }
+  }
+
+  // Scores become weights. Rows take the steps of their softmax together, a vector of them at a
+  // time.
+  template <int kRows>
+  void weigh_block(Block<kRows> block, Real* scores, Real* alpha, KvRange panels) {
+    constexpr int kPadded = padded_rows(kRows);
+    Vec rows[kPadded];
+    Real top[kPadded], base[kPadded];
+    for (int i = 0; i < kRows; ++i) {
+      rows[i] = largest<Lanes>(scores + i * kTileKeys + panels.begin, panels.size());
+    }
+    for_each_group<kRows>([&]<int kCount>(std::integral_constant<int, kCount>, int first) {
+      Vec(&group)[kCount] = *reinterpret_cast<Vec(*)[kCount]>(rows + first);
+      const Vec tops = Lanes::max_of_rows(group);
+      Lanes::store(tops, top + first);
+      const int row = block.row_begin + first;
+      Lanes::store(softmax_.raise(row, tops * Lanes::splat(factor_)), alpha + first);  // (E6)
+      Lanes::store(softmax_.base(row), base + first);
+    });
+    for (int i = 0; i < kRows; ++i) {  // (E7)
+      fetch_value();
+      Real* s = scores + i * kTileKeys;
+      rows[i] = weigh<Isa, Operand>(s + panels.begin, weights_of(s) + panels.begin, panels.size(),
+                                    top[i], factor_, base[i]);
+    }
+    for_each_group<kRows>([&]<int kCount>(std::integral_constant<int, kCount>, int first) {
+      Vec(&group)[kCount] = *reinterpret_cast<Vec(*)[kCount]>(rows + first);
+      softmax_.absorb(block.row_begin + first, Lanes::load(alpha + first),
+                      Lanes::sum_of_rows(group));  // (E8)
+    });
+  }
+
+  static constexpr int padded_rows(int rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
+
+  // Calls visit(count as a constant, first) on groups of kRows rows that fit a vector.
+  template <int kRows, int kFirst = 0, class Visit>
+  static void for_each_group(Visit visit) {
+    constexpr int kCount = kRows - kFirst < kLanes ? kRows - kFirst : kLanes;
+    visit(std::integral_constant<int, kCount>{}, kFirst);
+    if constexpr (kFirst + kCount < kRows) for_each_group<kRows, kFirst + kCount>(visit);
   }
 
   // Of the keys of one tile, those that some row, and those that all rows of a block see.
@@ -216,22 +271,22 @@ class TileForward {
   // scores := q k^T on the whole panels that hold the keys of `wanted`; returns the panels' keys,
   // counted from the tile's first.
   template <int kRows>
-  KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) const {
+  KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) {
     const auto sign = static_cast<Real>(tile_.sign);
     const int32_t count = wanted.end - keys.begin;
     if (tile_.in_place) {
       const int32_t begin = (wanted.begin - keys.begin) / kLanes * kLanes;
       const auto* k = static_cast<const Element*>(tile_.k) + (keys.begin + begin) * tile_.k_stride;
       const auto row = [&](int i) { return k + i * tile_.k_stride; };
-      const int64_t q_stride = whole_vectors(D_steps_);
-      dot_queries_keys<Operand, kRows, kTileKeys>(scores + begin, q_ + block.row_begin * q_stride,
-                                                  q_stride, tile_.D, count - begin, row, sign);
+      dot_queries_keys<Operand, kRows, kTileKeys>(scores + begin, q_ + block.row_begin * q_stride(),
+                                                  q_stride(), tile_.D, count - begin, row, sign);
       return {begin, static_cast<int32_t>(whole_vectors(count))};
     }
-    const Number* q = q_ + block.row_begin * D_steps_;
+    const Number* q = q_ + block.row_begin * q_stride();
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
+      fetch_keys();
       multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores<Isa, Element>>(
           scores + key, q, k_ + key * D_steps_, D_steps_, sign);
     }
@@ -304,7 +359,8 @@ class TileForward {
   void finish(Block<kRows> block) const {
     const auto keep_scale = static_cast<Real>(tile_.dropout.keep_scale);
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
-      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() * keep_scale);  // (E9), (E45)
+      const SoftmaxRow<Real> softmax = softmax_.row(row);
+      const Vec inverse_sum = Lanes::splat(softmax.inverse_sum() * keep_scale);  // (E9), (E45)
       const Real* from = out_row(row);
       Element* to = static_cast<Element*>(tile_.out[row]);
       int64_t d = 0;
@@ -314,10 +370,11 @@ class TileForward {
       if (d < tile_.D_v) {
         Lanes::store_first(Lanes::load(from + d) * inverse_sum, to + d, tile_.D_v - d);
       }
-      *static_cast<Real*>(tile_.lse[row]) = rows_[row].lse();  // (E10)
+      *static_cast<Real*>(tile_.lse[row]) = softmax.lse();  // (E10)
     }
   }
 
+  int64_t q_stride() const { return whole_vectors(D_steps_); }
   Real* out_row(int row) const { return out_ + row * out_stride_; }
 
   static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -325,11 +382,10 @@ class TileForward {
   static int64_t whole_vectors(int64_t numbers) { return (numbers + kLanes - 1) / kLanes * kLanes; }
 
   static int64_t out_reals(int64_t D_v) { return QueryTile::kMaxRows * whole_vectors(D_v); }
-  // The vector more is for pack_transposed's last store.
   static int64_t query_numbers(int64_t D) {
-    return (QueryTile::kMaxRows + kBlockRows) * whole_vectors(steps_of<Operand>(D)) + kLanes;
+    return (QueryTile::kMaxRows + kBlockRows) * whole_vectors(steps_of<Operand>(D));
   }
-  static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D) + kLanes; }
+  static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D); }
   static int64_t value_numbers(int64_t D_v) {
     return steps_of<Operand>(kTileKeys) * whole_vectors(D_v);
   }
@@ -345,8 +401,9 @@ class TileForward {
   Number* const packed_v_;     // [steps of a tile][out_stride_]
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
+  int32_t keys_ahead_ = 0, values_ahead_ = 0, ahead_end_ = 0, keys_at_once_ = 0;
   bool values_of_tile_finite_ = false;  // known where there is a bias
-  SoftmaxRow<Real> rows_[QueryTile::kMaxRows + kBlockRows];
+  SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
 };
 
 template <class Isa, class Element>
