@@ -31,8 +31,7 @@ class TileForward {
       if (!tile.in_place) forward.pack_keys(keys);
       forward.pack_values(keys, keys);
       forward.fetch_after(keys);
-      forward.values_of_tile_finite_ =
-          tile.bias_type != BiasType::none && forward.values_finite(keys);
+      forward.values_of_tile_ = Values::unknown;
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
     forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.finish(block); });
@@ -63,6 +62,7 @@ class TileForward {
   // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
   // elements. Few rows wait for memory and have time for them.
   static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
+  static constexpr int kPart = kPartOfScores<Isa, Element>;
   static constexpr int kPartInPlace = kNarrow ? kWeightStride : 32;
 
   template <int kRows>
@@ -179,7 +179,7 @@ class TileForward {
     Real alpha[padded_rows(kRows)];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
-      hide(block, scores, panels, keys.begin);
+      hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);
     }
     weigh_block(block, scores, alpha, panels);
     for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
@@ -188,7 +188,7 @@ class TileForward {
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
     const bool all_visible = !bias_.exists() && contains(seen.by_all, touched);
-    if (all_visible || values_of_tile_finite_ || values_finite(touched)) {
+    if (all_visible || finite(keys) || values_finite(touched)) {
       add_values_of<kRows>(out_row(block.row_begin), alpha, weights_of(scores), steps);
     } else {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
@@ -287,8 +287,14 @@ class TileForward {
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
       fetch_keys();
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores<Isa, Element>>(
-          scores + key, q, k_ + key * D_steps_, D_steps_, sign);
+      const Number* panel = k_ + key * D_steps_;
+      if (count - key <= kLanes) {
+        multiply_queries_keys<Operand, kRows, 1, kPanelKeys, kTileKeys, kPart>(
+            scores + key, q, panel, D_steps_, sign);
+        return {begin, key + kLanes};
+      }
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kTileKeys, kPart>(
+          scores + key, q, panel, D_steps_, sign);
     }
     return {begin, key};
   }
@@ -303,6 +309,13 @@ class TileForward {
       bias_.apply(scores + i * kTileKeys + panels.begin, panels.size(), bias_row(row),
                   first_key + panels.begin, tile_.visible[row]);
     }
+  }
+
+  // The vectors of some panels that may hold hidden keys.
+  KvRange cut_by_mask(const Visibility& seen, KvRange panels, int32_t first_key) const {
+    if (bias_.exists() || seen.by_all.begin > first_key + panels.begin) return panels;
+    const int32_t all_see = larger(seen.by_all.end - first_key, panels.begin);
+    return {all_see / kLanes * kLanes, panels.end};
   }
 
   const void* bias_row(int row) const { return bias_.exists() ? tile_.bias[row] : nullptr; }
@@ -348,11 +361,17 @@ class TileForward {
   }
 
   bool values_finite(KvRange wanted) const {
-    for (int32_t key = wanted.begin; key < wanted.end; ++key) {
-      const auto* row = static_cast<const Element*>(tile_.v) + key * tile_.v_stride;
-      if (!all_finite<Lanes>(row, tile_.D_v)) return false;
+    return all_finite<Lanes>(static_cast<const Element*>(tile_.v) + wanted.begin * tile_.v_stride,
+                             wanted.size(), tile_.v_stride, tile_.D_v);
+  }
+
+  // Whether all values of the tile are finite: looked for once, where some block has to know.
+  enum class Values { unknown, finite, not_finite };
+  bool finite(KvRange keys) {
+    if (values_of_tile_ == Values::unknown) {
+      values_of_tile_ = values_finite(keys) ? Values::finite : Values::not_finite;
     }
-    return true;
+    return values_of_tile_ == Values::finite;
   }
 
   template <int kRows>
@@ -402,7 +421,7 @@ class TileForward {
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
   int32_t keys_ahead_ = 0, values_ahead_ = 0, ahead_end_ = 0, keys_at_once_ = 0;
-  bool values_of_tile_finite_ = false;  // known where there is a bias
+  Values values_of_tile_ = Values::unknown;
   SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
 };
 

@@ -98,23 +98,31 @@ typename Lanes::Vec largest(const Real* s, int count) {
   return m;
 }
 
+// Whether `rows` rows of D elements, row_stride elements apart, hold neither NaN nor infinity.
 template <class Lanes, class Element>
-bool all_finite(const Element* row, int64_t D) {
-  const auto load = [](const auto& rows) { return Lanes::load(rows[0]); };
+bool all_finite(const Element* row, int64_t rows, int64_t row_stride, int64_t D) {
+  const auto load = [](const auto& from) { return Lanes::load(from[0]); };
   typename Lanes::Vec zero_or_nan = {};
-  for (int64_t d = 0; d < D; d += Lanes::kLanes) {
-    const Element* const rows[1] = {row + d};
-    const bool whole = D - d >= Lanes::kLanes;
-    zero_or_nan +=
-        (whole ? load(rows) : load_first<Lanes::kLanes>(rows, D - d, load)) * Lanes::splat(0);
+  for (int64_t i = 0; i < rows; ++i, row += row_stride) {
+    for (int64_t d = 0; d < D; d += Lanes::kLanes) {
+      const Element* const from[1] = {row + d};
+      const bool whole = D - d >= Lanes::kLanes;
+      zero_or_nan +=
+          (whole ? load(from) : load_first<Lanes::kLanes>(from, D - d, load)) * Lanes::splat(0);
+    }
   }
   return Lanes::sum_of_lanes(zero_or_nan) == 0;
 }
 
-// scores[row][column] = sign * <q_row, k_column>, for q in chunks and k [steps][kVecs * kLanes] as
-// packed above; scores has rows of kStride numbers. Each is summed in parts of kPart steps, to keep
-// rounding errors small.
-template <class Operand, int kRows, int kVecs, int kStride, int kPart>
+template <class Lanes, class Element>
+bool all_finite(const Element* row, int64_t D) {
+  return all_finite<Lanes>(row, 1, 0, D);
+}
+
+// scores[row][column] = sign * <q_row, k_column> for kVecs vectors of columns, for q in chunks and
+// k [steps][kColumns] as packed above; scores has rows of kStride numbers. Each is summed in parts
+// of kPart steps, to keep rounding errors small.
+template <class Operand, int kRows, int kVecs, int kColumns, int kStride, int kPart>
 void multiply_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
                            const typename Operand::Number* k, int64_t steps,
                            typename Operand::Real sign) {
@@ -128,7 +136,7 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
     for (int64_t chunk = begin; chunk < end; chunk += kLanes) {
       const int64_t chunk_end = end - chunk < kLanes ? end : chunk + kLanes;
       const typename Operand::Number* left = q + chunk * kRows;
-      for (int64_t step = chunk; step < chunk_end; ++step, ++left, k += kVecs * kLanes) {
+      for (int64_t step = chunk; step < chunk_end; ++step, ++left, k += kColumns) {
         typename Lanes::Vec key[kVecs];
 #pragma GCC unroll 16
         for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * kLanes);
