@@ -6,26 +6,9 @@
 
 #include "core/mask.h"
 #include "cpu/operand.h"
+#include "cpu/rows_ahead.h"
 
 namespace online_attention::cpu {
-
-// Rows that are worked on next: one is asked of memory for each that is worked on now.
-template <class Element>
-struct RowsAhead {
-  const Element* first = nullptr;
-  int64_t stride = 0, elements = 0;  // from one row to the next, and of a row
-  int32_t count = 0;
-
-  void fetch(int32_t row, int64_t begin, int64_t end) const {
-    constexpr int kLine = 64 / static_cast<int>(sizeof(Element));
-    constexpr int kIntoL2 = 2;
-    if (row >= count) return;
-    const Element* elements_of_row = first + row * stride;
-    for (int64_t i = begin; i < (end < elements ? end : elements); i += kLine) {
-      __builtin_prefetch(elements_of_row + i, 0, kIntoL2);
-    }
-  }
-};
 
 // Of kRows rows, so many vectors of each fit into the registers for sums.
 template <class Isa, int kRows>
@@ -35,29 +18,7 @@ constexpr int vecs_beside_rows(int most) {
   return vecs;
 }
 
-// a and b folded once: of each 2 * kHalf lanes, the lower half holds a's two halves added, the
-// upper half b's.
-template <int kHalf, class Vec, int... kLane>
-Vec fold_two(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
-  constexpr int kLanes = sizeof...(kLane);
-  return __builtin_shufflevector(a, b, ((kLane & kHalf ? kLanes - kHalf : 0) + kLane)...) +
-         __builtin_shufflevector(a, b, ((kLane & kHalf ? kLanes : kHalf) + kLane)...);
-}
-
-// Leaves in v[0] the sums of the lanes, lane i that of v[i]: each product passes log2(kLanes)
-// roundings here.
-template <class Lanes, int kHalf = Lanes::kLanes / 2>
-void sum_each(typename Lanes::Vec (&v)[Lanes::kLanes]) {
-  if constexpr (kHalf > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kHalf; ++i) {
-      v[i] = fold_two<kHalf>(v[i], v[i + kHalf], typename Lanes::Lanes{});
-    }
-    sum_each<Lanes, kHalf / 2>(v);
-  }
-}
-
-// parts[row][at + i] := the products of the row with keys[i], for sum_each.
+// parts[row][at + i] := the products of the row with keys[i], to be folded.
 template <class Operand, int kRows, int kKeys>
 [[gnu::always_inline]] inline void dot_some_keys(
     typename Operand::Sums::Vec (&parts)[kRows][Operand::Lanes::kLanes], int at,
@@ -116,8 +77,9 @@ void dot_queries_keys(typename Operand::Real* scores, const typename Operand::Nu
       for (int row = 0; row < kRows; ++row) parts[row][i] = typename Sums::Vec{};
     }
     for (int row = 0; row < kRows; ++row) {
-      sum_each<Sums>(parts[row]);
-      Sums::store(parts[row][0] * Sums::splat(sign), scores + row * kStride + first);
+      // In pairs: each product passes log2(kLanes) roundings here.
+      const auto sums = Sums::sum_of_rows(parts[row]);
+      Sums::store(sums * Sums::splat(sign), scores + row * kStride + first);
     }
   }
 }

@@ -14,7 +14,7 @@
 #include "cpu/row_block.h"
 #include "cpu/row_results.h"
 #include "cpu/score_bias.h"
-#include "cpu/weigh.h"
+#include "cpu/weigh_rows.h"
 
 namespace online_attention::cpu {
 
@@ -32,8 +32,7 @@ class TileForward {
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
       if constexpr (!kInPlace) forward.pack_keys(keys);
       forward.take_values(keys);
-      forward.values_of_tile_finite_ =
-          tile.bias_type != BiasType::none && forward.values_finite(keys);
+      forward.values_of_tile_ = Values::unknown;
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
     forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.finish(block); });
@@ -51,6 +50,7 @@ class TileForward {
   using Number = typename Operand::Number;
   using Weight = typename Operand::Weight;
   using Lanes = Simd<Isa, Real>;
+  using Vec = typename Lanes::Vec;
 
   static constexpr int kLanes = Lanes::kLanes;
   // Rows in place come in powers of 2 more often than not: those of a group of heads.
@@ -63,8 +63,9 @@ class TileForward {
   static constexpr int kWeightStride = kTileKeys * static_cast<int>(sizeof(Real) / sizeof(Weight));
   // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
   // elements. Few rows wait for memory and have time for them.
-  static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
-  static constexpr int kPart = kNarrow || !kInPlace ? kWeightStride : 32;
+  static constexpr int kPart = kPartOfScores<Isa, Element>;
+  static constexpr int kPartOfValues =
+      sizeof(Element) < sizeof(Real) || !kInPlace ? kWeightStride : 32;
 
   template <int kRows>
   using Block = RowBlock<kRows>;
@@ -91,11 +92,10 @@ class TileForward {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
     if constexpr (kInPlace) {
-      const int64_t stride = whole_vectors(D_steps_);
-      pack_in_rows<Operand>(q_ + block.row_begin * stride, stride, tile_.D, kRows,
+      pack_in_rows<Operand>(q_ + block.row_begin * q_stride(), q_stride(), tile_.D, kRows,
                             [&](int i) { return row(smaller(i, block.rows - 1)); });
     } else {
-      pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
+      pack_chunks<Operand, kRows>(q_ + block.row_begin * q_stride(), tile_.D, block.rows, row);
     }
     Real* out = out_row(block.row_begin);
     for (int64_t i = 0; i < kRows * out_stride_; ++i) out[i] = 0;
@@ -109,6 +109,9 @@ class TileForward {
       pack_transposed<Operand, kPanelKeys>(panel, tile_.D, keys.end - begin, row);
       panel += kPanelKeys * D_steps_;
     }
+    const int blocks = (tile_.rows + kBlockRows - 1) / kBlockRows;
+    const KvRange next = tile_after(keys);
+    ahead_ = {keys_at(next), values_at(next), kTileKeys, blocks * (kTileKeys / kPanelKeys)};
   }
 
   // The values of the tile `keys`: where they lie, or packed.
@@ -164,28 +167,20 @@ class TileForward {
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
     Real scores[kRows * kTileKeys];
-    Real alpha[kRows];
+    Real alpha[padded_rows<kLanes>(kRows)];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
-      hide(block, scores, panels, keys.begin);
+      hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);
     }
-    for (int i = 0; i < kRows; ++i) {
-      SoftmaxRow<Real>& row = rows_[block.row_begin + i];
-      Real* s = scores + i * kTileKeys;
-      const Real top = largest<Lanes>(s + panels.begin, panels.size());
-      const Real tile_max = top * factor_;
-      // (E6), where raise gives exactly 1 if the maximum stays.
-      alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
-      const Real tile_sum =
-          weigh<Isa, Lanes>(s + panels.begin, weights_of(s) + panels.begin, panels.size(), top,
-                            factor_, row.base());  // (E7) scores become p
-      row.absorb(alpha[i], tile_sum);              // (E8)
-      if (tile_.dropout.exists && i < block.rows) drop(s, panels, block.row_begin + i, keys.begin);
+    weigh_rows<Isa, Operand, kRows, kTileKeys>(softmax_, block.row_begin, scores, alpha, panels,
+                                               factor_, [&] { ahead_.fetch_value(); });
+    for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
+      drop(scores + i * kTileKeys, panels, block.row_begin + i, keys.begin);
     }
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
     const bool all_visible = !bias_.exists() && contains(seen.by_all, touched);
-    if (all_visible || values_of_tile_finite_ || values_finite(touched)) {
+    if (all_visible || finite(keys) || values_finite(touched)) {
       add_values_of(block, alpha, weights_of(scores), steps, keys);
     } else {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
@@ -227,7 +222,7 @@ class TileForward {
   // scores := q k^T on the whole panels that hold the keys of `wanted`; returns the panels' keys,
   // counted from the tile's first.
   template <int kRows>
-  KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) const {
+  KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) {
     const auto sign = static_cast<Real>(tile_.sign);
     const int32_t count = wanted.end - keys.begin;
     if constexpr (kInPlace) {
@@ -235,19 +230,25 @@ class TileForward {
       const int32_t first = keys.begin + begin;
       const auto* k = static_cast<const Element*>(tile_.k) + first * tile_.k_stride;
       const auto key = [&](int i) { return k + i * tile_.k_stride; };
-      const int64_t q_stride = whole_vectors(D_steps_);
+      const bool asks = block.row_begin == 0;
       dot_queries_keys<Isa, Operand, kRows, kTileKeys>(
-          scores + begin, q_ + block.row_begin * q_stride, q_stride, tile_.D, count - begin, key,
-          sign, rows_ahead(block, tile_.v, tile_.v_stride, tile_.D_v, {first, wanted.end}));
+          scores + begin, q_ + block.row_begin * q_stride(), q_stride(), tile_.D, count - begin,
+          key, sign, asks ? values_at({first, wanted.end}) : RowsAhead<Element>{});
       return {begin, static_cast<int32_t>(whole_vectors(count))};
     }
-    const Number* q = q_ + block.row_begin * D_steps_;
+    const Number* q = q_ + block.row_begin * q_stride();
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
-      if (tile_.is_part) fetch_next(block, key, keys);
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores<Isa, Element>>(
-          scores + key, q, k_ + key * D_steps_, D_steps_, sign);
+      ahead_.fetch_keys();
+      const Number* panel = k_ + key * D_steps_;
+      if (count - key <= kLanes) {
+        multiply_queries_keys<Operand, kRows, 1, kPanelKeys, kTileKeys, kPart>(
+            scores + key, q, panel, D_steps_, sign);
+        return {begin, key + kLanes};
+      }
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kTileKeys, kPart>(
+          scores + key, q, panel, D_steps_, sign);
     }
     return {begin, key};
   }
@@ -262,6 +263,13 @@ class TileForward {
       bias_.apply(scores + i * kTileKeys + panels.begin, panels.size(), bias_row(row),
                   first_key + panels.begin, tile_.visible[row]);
     }
+  }
+
+  // The vectors of some panels that may hold hidden keys.
+  KvRange cut_by_mask(const Visibility& seen, KvRange panels, int32_t first_key) const {
+    if (bias_.exists() || seen.by_all.begin > first_key + panels.begin) return panels;
+    const int32_t all_see = larger(seen.by_all.end - first_key, panels.begin);
+    return {all_see / kLanes * kLanes, panels.end};
   }
 
   const void* bias_row(int row) const { return bias_.exists() ? tile_.bias[row] : nullptr; }
@@ -283,29 +291,14 @@ class TileForward {
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
 
-  // Of keys or values: asked for once, by the first block.
-  template <int kRows>
-  RowsAhead<Element> rows_ahead(Block<kRows> block, const void* matrix, int64_t stride,
-                                int64_t elements, KvRange keys) const {
-    if (block.row_begin > 0) return {};
-    return {static_cast<const Element*>(matrix) + keys.begin * stride, stride, elements,
-            keys.size()};
+  RowsAhead<Element> keys_at(KvRange keys) const {
+    return RowsAhead<Element>::of(tile_.k, tile_.k_stride, tile_.D, keys);
   }
-
+  RowsAhead<Element> values_at(KvRange keys) const {
+    return RowsAhead<Element>::of(tile_.v, tile_.v_stride, tile_.D_v, keys);
+  }
   KvRange tile_after(KvRange keys) const {
     return {keys.end, smaller(keys.end + kTileKeys, tile_.some_row_sees.end)};
-  }
-
-  // Asks for the keys and values of one panel of the next tile, where nothing else has read them.
-  template <int kRows>
-  void fetch_next(Block<kRows> block, int panel, KvRange keys) const {
-    const KvRange next = tile_after(keys);
-    const auto k = rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, next);
-    const auto v = rows_ahead(block, tile_.v, tile_.v_stride, tile_.D_v, next);
-    for (int i = panel; i < panel + kPanelKeys; ++i) {
-      k.fetch(i, 0, tile_.D);
-      v.fetch(i, 0, tile_.D_v);
-    }
   }
 
   // out := alpha * out + p v over `steps` of the tile, for the rows of `block`.
@@ -315,14 +308,15 @@ class TileForward {
     Real* out = out_row(block.row_begin);
     if constexpr (kInPlace) {
       if (values_lie_.count > 0) {
-        add_values_in_place<Isa, Operand, kRows, kWeightStride, kPart>(
+        const bool asks = block.row_begin == 0;
+        add_values_in_place<Isa, Operand, kRows, kWeightStride, kPartOfValues>(
             out, out_stride_, alpha, p, values_lie_, tile_.D_v, steps,
-            rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, tile_after(keys)));
+            asks ? keys_at(tile_after(keys)) : RowsAhead<Element>{});
         return;
       }
     }
-    add_values<Operand, kRows, kBlockVecs, kWeightStride, kPart>(out, out_stride_, alpha, p, v_,
-                                                                 v_stride_, steps);
+    add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartOfValues>(out, out_stride_, alpha, p,
+                                                                         v_, v_stride_, steps);
   }
 
   // Of two rows in one block one may see a NaN value that is hidden from the other, whose weight 0
@@ -341,27 +335,34 @@ class TileForward {
   }
 
   bool values_finite(KvRange wanted) const {
-    for (int32_t key = wanted.begin; key < wanted.end; ++key) {
-      const auto* row = static_cast<const Element*>(tile_.v) + key * tile_.v_stride;
-      if (!all_finite<Lanes>(row, tile_.D_v)) return false;
+    return all_finite<Lanes>(static_cast<const Element*>(tile_.v) + wanted.begin * tile_.v_stride,
+                             wanted.size(), tile_.v_stride, tile_.D_v);
+  }
+
+  // Whether all values of the tile are finite: looked for once, where some block has to know.
+  enum class Values { unknown, finite, not_finite };
+  bool finite(KvRange keys) {
+    if (values_of_tile_ == Values::unknown) {
+      values_of_tile_ = values_finite(keys) ? Values::finite : Values::not_finite;
     }
-    return true;
+    return values_of_tile_ == Values::finite;
   }
 
   template <int kRows>
   void finish(Block<kRows> block) const {
     using Results = RowResults<Isa, Element>;
-    const int64_t D_v = tile_.D_v;
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
+      const SoftmaxRow<Real> softmax = softmax_.row(row);
       void *out = tile_.out[row], *lse = tile_.lse[row];
       if (tile_.is_part) {
-        Results::write_part(rows_[row], out_row(row), D_v, out, lse);
+        Results::write_part(softmax, out_row(row), tile_.D_v, out, lse);
       } else {
-        Results::write(rows_[row], out_row(row), D_v, tile_.dropout.keep_scale, out, lse);
+        Results::write(softmax, out_row(row), tile_.D_v, tile_.dropout.keep_scale, out, lse);
       }
     }
   }
 
+  int64_t q_stride() const { return whole_vectors(D_steps_); }
   Real* out_row(int row) const { return out_ + row * out_stride_; }
 
   static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -369,11 +370,10 @@ class TileForward {
   static int64_t whole_vectors(int64_t numbers) { return (numbers + kLanes - 1) / kLanes * kLanes; }
 
   static int64_t out_reals(int64_t D_v) { return QueryTile::kMaxRows * whole_vectors(D_v); }
-  // The vector more is for pack_transposed's last store.
   static int64_t query_numbers(int64_t D) {
-    return (QueryTile::kMaxRows + kBlockRows) * whole_vectors(steps_of<Operand>(D)) + kLanes;
+    return (QueryTile::kMaxRows + kBlockRows) * whole_vectors(steps_of<Operand>(D));
   }
-  static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D) + kLanes; }
+  static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D); }
   static int64_t value_numbers(int64_t D_v) {
     return steps_of<Operand>(kTileKeys) * whole_vectors(D_v);
   }
@@ -390,8 +390,9 @@ class TileForward {
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
   ValueRows<Element> values_lie_ = {};  // in the caller's memory; empty if v_ has them
-  bool values_of_tile_finite_ = false;  // known where there is a bias
-  SoftmaxRow<Real> rows_[QueryTile::kMaxRows + kBlockRows];
+  NextTile<Element> ahead_;
+  Values values_of_tile_ = Values::unknown;
+  SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
 };
 
 }  // namespace online_attention::cpu

@@ -27,6 +27,11 @@ struct Isa {
   static Wide multiply_words(Wide a, Wide b) {
     return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
   }
+
+  typedef int32_t Table __attribute__((vector_size(kVectorBytes)));
+  static Table look_up(Table table, Table index) {
+    return (Table)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)index, (__m512i)table);
+  }
 };
 
 // Two neighbouring elements of a row, or of a column, side by side in 32 bits.
@@ -72,6 +77,10 @@ struct Pairs {
     Number pair;
     __builtin_memcpy(&pair, p, sizeof pair);
     return pair;
+  }
+  static void store_weights(Sums::Vec v, Weight* to) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(v);
+    __builtin_memcpy(to, &narrow, sizeof narrow);
   }
   static float widen(Weight p) { return __builtin_bit_cast(float, uint32_t{p.bits} << 16); }
 

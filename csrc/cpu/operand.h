@@ -34,6 +34,7 @@ struct Widened {
   }
 
   static Number weights(const Weight* p) { return *p; }
+  static void store_weights(Vec v, Weight* to) { Lanes::store(v, to); }
   static Real widen(Weight p) { return p; }
   // Weights of kDepth rows, for kLanes columns, as one step along the rows.
   static void store_step(const Vec (&rows)[1], Number* step) { Lanes::store(rows[0], step); }

@@ -100,7 +100,7 @@ class TileScores {
           scores, memory_.q + block.row_begin * q_stride(), q_stride(), tile_.D,
           smaller(keys_ - panel, kPanelKeys), row, sign);
     } else {
-      multiply_chunks_keys<Operand, kRows, kBlockVecs, kPart>(
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPanelKeys, kPart>(
           scores, memory_.q + block.row_begin * q_stride(), memory_.k + panel * memory_.D_steps,
           memory_.D_steps, sign);
     }
