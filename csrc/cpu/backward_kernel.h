@@ -175,7 +175,7 @@ class TileBackward : TileScores<Isa, Element> {
     Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
     multiply_scores(block, scores, panel);
     if (tile_.wants_ds) {  // (E27)
-      multiply_chunks_keys<Operand, kRows, kBlockVecs, kPartOfDp>(
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPanelKeys, kPartOfDp>(
           dp, memory_.dout + block.row_begin * dout_stride(), memory_.v + panel * memory_.D_v_steps,
           memory_.D_v_steps, Real(1));
     }

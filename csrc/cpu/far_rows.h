@@ -72,7 +72,7 @@ class FarRows : TileScores<Isa, Element> {
 
   void absorb(int row, Real* s, int panel) {
     Base::hide_scores(row, s, panel);
-    const Real top = largest<Lanes>(s, kPanelKeys);
+    const Real top = Lanes::max_of_lanes(largest<Lanes>(s, kPanelKeys));
     const volatile Real tile_max = top * Base::bias_.factor();  // one rounding
     SoftmaxRow<Real>& softmax = static_cast<SoftmaxRow<Real>*>(rows_->softmax)[row];
     const Real alpha = softmax.raise(tile_max);  // (E6)

@@ -8,15 +8,18 @@
 #pragma once
 
 #include "cpu/dropout_mask.h"
+#include "cpu/few_rows_kernel.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
+#include "cpu/row_results.h"
 #include "cpu/score_bias.h"
-#include "cpu/weigh.h"
+#include "cpu/weigh_rows.h"
 
 namespace online_attention::cpu {
 
-template <class Isa, class Element>
+// kInPlace: QueryTile::in_place.
+template <class Isa, class Element, bool kInPlace>
 class TileForward {
  public:
   static void attend(const QueryTile& tile, std::byte* scratch) {
@@ -27,10 +30,9 @@ class TileForward {
          begin += kTileKeys) {
       const auto keys_begin = static_cast<int32_t>(begin);
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
-      if (!tile.in_place) forward.pack_keys(keys);
-      forward.pack_values(keys, keys);
-      forward.values_of_tile_finite_ =
-          tile.bias_type != BiasType::none && forward.values_finite(keys);
+      if constexpr (!kInPlace) forward.pack_keys(keys);
+      forward.take_values(keys);
+      forward.values_of_tile_ = Values::unknown;
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
     forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.finish(block); });
@@ -51,17 +53,19 @@ class TileForward {
   using Vec = typename Lanes::Vec;
 
   static constexpr int kLanes = Lanes::kLanes;
-  static constexpr int kBlockRows = Isa::kBlockRows;
+  // Rows in place come in powers of 2 more often than not: those of a group of heads.
+  static constexpr int kBlockRows = kInPlace ? 8 : Isa::kBlockRows;
   static constexpr int kBlockVecs = Isa::kBlockVecs;
   static constexpr int kPanelKeys = kBlockVecs * kLanes;  // the keys of one micro-kernel
   static constexpr int kTileKeys = 512 / static_cast<int>(sizeof(Real));
-  static_assert(kTileKeys % kPanelKeys == 0);
+  static_assert(kTileKeys % kPanelKeys == 0 && KeySplit::kTileKeys % kTileKeys == 0);
   // Weights take the place of their row's scores.
   static constexpr int kWeightStride = kTileKeys * static_cast<int>(sizeof(Real) / sizeof(Weight));
   // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
   // elements. Few rows wait for memory and have time for them.
-  static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
-  static constexpr int kPartInPlace = kNarrow ? kWeightStride : 32;
+  static constexpr int kPart = kPartOfScores<Isa, Element>;
+  static constexpr int kPartOfValues =
+      sizeof(Element) < sizeof(Real) || !kInPlace ? kWeightStride : 32;
 
   template <int kRows>
   using Block = RowBlock<kRows>;
@@ -87,12 +91,11 @@ class TileForward {
     const auto row = [&](int i) {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
-    if (tile_.in_place) {
-      const int64_t stride = whole_vectors(D_steps_);
-      pack_in_rows<Operand>(q_ + block.row_begin * stride, stride, tile_.D, kRows,
+    if constexpr (kInPlace) {
+      pack_in_rows<Operand>(q_ + block.row_begin * q_stride(), q_stride(), tile_.D, kRows,
                             [&](int i) { return row(smaller(i, block.rows - 1)); });
     } else {
-      pack_transposed<Operand, kRows>(q_ + block.row_begin * D_steps_, tile_.D, block.rows, row);
+      pack_chunks<Operand, kRows>(q_ + block.row_begin * q_stride(), tile_.D, block.rows, row);
     }
     Real* out = out_row(block.row_begin);
     for (int64_t i = 0; i < kRows * out_stride_; ++i) out[i] = 0;
@@ -106,6 +109,16 @@ class TileForward {
       pack_transposed<Operand, kPanelKeys>(panel, tile_.D, keys.end - begin, row);
       panel += kPanelKeys * D_steps_;
     }
+    const int blocks = (tile_.rows + kBlockRows - 1) / kBlockRows;
+    const KvRange next = tile_after(keys);
+    ahead_ = {keys_at(next), values_at(next), kTileKeys, blocks * (kTileKeys / kPanelKeys)};
+  }
+
+  // The values of the tile `keys`: where they lie, or packed.
+  void take_values(KvRange keys) {
+    if (!kInPlace || tile_.D_v % kLanes != 0) return pack_values(keys, keys);
+    values_lie_ = {static_cast<const Element*>(tile_.v) + keys.begin * tile_.v_stride,
+                   tile_.v_stride, keys.size()};
   }
 
   // The values of `wanted`, a part of the tile `keys`; zeros for keys that share a step with them,
@@ -113,6 +126,7 @@ class TileForward {
   void pack_values(KvRange wanted, KvRange keys, const void* bias_row = nullptr) {
     const int64_t D_v = tile_.D_v;
     const auto* v = static_cast<const Element*>(tile_.v);
+    values_lie_ = {};
     if constexpr (Operand::kDepth == 1 && sizeof(Element) == sizeof(Number)) {
       if (D_v % kLanes == 0 && bias_row == nullptr) {
         v_ = v + keys.begin * tile_.v_stride;
@@ -153,29 +167,21 @@ class TileForward {
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
     Real scores[kRows * kTileKeys];
-    Real alpha[kRows];
+    Real alpha[padded_rows<kLanes>(kRows)];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
-      hide(block, scores, panels, keys.begin);
+      hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);
     }
-    for (int i = 0; i < kRows; ++i) {
-      SoftmaxRow<Real>& row = rows_[block.row_begin + i];
-      Real* s = scores + i * kTileKeys;
-      const Real top = largest<Lanes>(s + panels.begin, panels.size());
-      const Real tile_max = top * factor_;
-      // (E6), where raise gives exactly 1 if the maximum stays.
-      alpha[i] = tile_max <= row.m ? Real(1) : row.raise(tile_max);
-      const Real tile_sum =
-          weigh<Isa, Lanes>(s + panels.begin, weights_of(s) + panels.begin, panels.size(), top,
-                            factor_, row.base());  // (E7) scores become p
-      row.absorb(alpha[i], tile_sum);              // (E8)
-      if (tile_.dropout.exists && i < block.rows) drop(s, panels, block.row_begin + i, keys.begin);
+    weigh_rows<Isa, Operand, kRows, kTileKeys>(softmax_, block.row_begin, scores, alpha, panels,
+                                               factor_, [&] { ahead_.fetch_value(); });
+    for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
+      drop(scores + i * kTileKeys, panels, block.row_begin + i, keys.begin);
     }
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
     const bool all_visible = !bias_.exists() && contains(seen.by_all, touched);
-    if (all_visible || values_of_tile_finite_ || values_finite(touched)) {
-      add_values_of<kRows>(out_row(block.row_begin), alpha, weights_of(scores), steps);
+    if (all_visible || finite(keys) || values_finite(touched)) {
+      add_values_of(block, alpha, weights_of(scores), steps, keys);
     } else {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
     }
@@ -216,24 +222,33 @@ class TileForward {
   // scores := q k^T on the whole panels that hold the keys of `wanted`; returns the panels' keys,
   // counted from the tile's first.
   template <int kRows>
-  KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) const {
+  KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) {
     const auto sign = static_cast<Real>(tile_.sign);
     const int32_t count = wanted.end - keys.begin;
-    if (tile_.in_place) {
+    if constexpr (kInPlace) {
       const int32_t begin = (wanted.begin - keys.begin) / kLanes * kLanes;
-      const auto* k = static_cast<const Element*>(tile_.k) + (keys.begin + begin) * tile_.k_stride;
-      const auto row = [&](int i) { return k + i * tile_.k_stride; };
-      const int64_t q_stride = whole_vectors(D_steps_);
-      dot_queries_keys<Operand, kRows, kTileKeys>(scores + begin, q_ + block.row_begin * q_stride,
-                                                  q_stride, tile_.D, count - begin, row, sign);
+      const int32_t first = keys.begin + begin;
+      const auto* k = static_cast<const Element*>(tile_.k) + first * tile_.k_stride;
+      const auto key = [&](int i) { return k + i * tile_.k_stride; };
+      const bool asks = block.row_begin == 0;
+      dot_queries_keys<Isa, Operand, kRows, kTileKeys>(
+          scores + begin, q_ + block.row_begin * q_stride(), q_stride(), tile_.D, count - begin,
+          key, sign, asks ? values_at({first, wanted.end}) : RowsAhead<Element>{});
       return {begin, static_cast<int32_t>(whole_vectors(count))};
     }
-    const Number* q = q_ + block.row_begin * D_steps_;
+    const Number* q = q_ + block.row_begin * q_stride();
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kTileKeys, kPartOfScores<Isa, Element>>(
-          scores + key, q, k_ + key * D_steps_, D_steps_, sign);
+      ahead_.fetch_keys();
+      const Number* panel = k_ + key * D_steps_;
+      if (count - key <= kLanes) {
+        multiply_queries_keys<Operand, kRows, 1, kPanelKeys, kTileKeys, kPart>(
+            scores + key, q, panel, D_steps_, sign);
+        return {begin, key + kLanes};
+      }
+      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kTileKeys, kPart>(
+          scores + key, q, panel, D_steps_, sign);
     }
     return {begin, key};
   }
@@ -248,6 +263,13 @@ class TileForward {
       bias_.apply(scores + i * kTileKeys + panels.begin, panels.size(), bias_row(row),
                   first_key + panels.begin, tile_.visible[row]);
     }
+  }
+
+  // The vectors of some panels that may hold hidden keys.
+  KvRange cut_by_mask(const Visibility& seen, KvRange panels, int32_t first_key) const {
+    if (bias_.exists() || seen.by_all.begin > first_key + panels.begin) return panels;
+    const int32_t all_see = larger(seen.by_all.end - first_key, panels.begin);
+    return {all_see / kLanes * kLanes, panels.end};
   }
 
   const void* bias_row(int row) const { return bias_.exists() ? tile_.bias[row] : nullptr; }
@@ -269,13 +291,32 @@ class TileForward {
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
 
-  // out := alpha * out + p v over `steps` of the tile, for kRows rows of p and out.
+  RowsAhead<Element> keys_at(KvRange keys) const {
+    return RowsAhead<Element>::of(tile_.k, tile_.k_stride, tile_.D, keys);
+  }
+  RowsAhead<Element> values_at(KvRange keys) const {
+    return RowsAhead<Element>::of(tile_.v, tile_.v_stride, tile_.D_v, keys);
+  }
+  KvRange tile_after(KvRange keys) const {
+    return {keys.end, smaller(keys.end + kTileKeys, tile_.some_row_sees.end)};
+  }
+
+  // out := alpha * out + p v over `steps` of the tile, for the rows of `block`.
   template <int kRows>
-  void add_values_of(Real* out, const Real* alpha, const Weight* p, KvRange steps) const {
-    const auto add = tile_.in_place
-                         ? add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartInPlace>
-                         : add_values<Operand, kRows, kBlockVecs, kWeightStride, kWeightStride>;
-    add(out, out_stride_, alpha, p, v_, v_stride_, steps);
+  void add_values_of(Block<kRows> block, const Real* alpha, const Weight* p, KvRange steps,
+                     KvRange keys) const {
+    Real* out = out_row(block.row_begin);
+    if constexpr (kInPlace) {
+      if (values_lie_.count > 0) {
+        const bool asks = block.row_begin == 0;
+        add_values_in_place<Isa, Operand, kRows, kWeightStride, kPartOfValues>(
+            out, out_stride_, alpha, p, values_lie_, tile_.D_v, steps,
+            asks ? keys_at(tile_after(keys)) : RowsAhead<Element>{});
+        return;
+      }
+    }
+    add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartOfValues>(out, out_stride_, alpha, p,
+                                                                         v_, v_stride_, steps);
   }
 
   // Of two rows in one block one may see a NaN value that is hidden from the other, whose weight 0
@@ -287,37 +328,41 @@ class TileForward {
       const KvRange seen = row_keys(row, keys);
       if (seen.begin >= seen.end) continue;
       pack_values(seen, keys, bias_row(row));
-      add_values_of<1>(out_row(row), alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys));
+      add_values_of(Block<1>{row, 1}, alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys),
+                    keys);
     }
-    pack_values(keys, keys);
+    take_values(keys);
   }
 
   bool values_finite(KvRange wanted) const {
-    for (int32_t key = wanted.begin; key < wanted.end; ++key) {
-      const auto* row = static_cast<const Element*>(tile_.v) + key * tile_.v_stride;
-      if (!all_finite<Lanes>(row, tile_.D_v)) return false;
+    return all_finite<Lanes>(static_cast<const Element*>(tile_.v) + wanted.begin * tile_.v_stride,
+                             wanted.size(), tile_.v_stride, tile_.D_v);
+  }
+
+  // Whether all values of the tile are finite: looked for once, where some block has to know.
+  enum class Values { unknown, finite, not_finite };
+  bool finite(KvRange keys) {
+    if (values_of_tile_ == Values::unknown) {
+      values_of_tile_ = values_finite(keys) ? Values::finite : Values::not_finite;
     }
-    return true;
+    return values_of_tile_ == Values::finite;
   }
 
   template <int kRows>
   void finish(Block<kRows> block) const {
-    const auto keep_scale = static_cast<Real>(tile_.dropout.keep_scale);
+    using Results = RowResults<Isa, Element>;
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
-      const Vec inverse_sum = Lanes::splat(rows_[row].inverse_sum() * keep_scale);  // (E9), (E45)
-      const Real* from = out_row(row);
-      Element* to = static_cast<Element*>(tile_.out[row]);
-      int64_t d = 0;
-      for (; d + kLanes <= tile_.D_v; d += kLanes) {
-        Lanes::store(Lanes::load(from + d) * inverse_sum, to + d);
+      const SoftmaxRow<Real> softmax = softmax_.row(row);
+      void *out = tile_.out[row], *lse = tile_.lse[row];
+      if (tile_.is_part) {
+        Results::write_part(softmax, out_row(row), tile_.D_v, out, lse);
+      } else {
+        Results::write(softmax, out_row(row), tile_.D_v, tile_.dropout.keep_scale, out, lse);
       }
-      if (d < tile_.D_v) {
-        Lanes::store_first(Lanes::load(from + d) * inverse_sum, to + d, tile_.D_v - d);
-      }
-      *static_cast<Real*>(tile_.lse[row]) = rows_[row].lse();  // (E10)
     }
   }
 
+  int64_t q_stride() const { return whole_vectors(D_steps_); }
   Real* out_row(int row) const { return out_ + row * out_stride_; }
 
   static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -325,11 +370,10 @@ class TileForward {
   static int64_t whole_vectors(int64_t numbers) { return (numbers + kLanes - 1) / kLanes * kLanes; }
 
   static int64_t out_reals(int64_t D_v) { return QueryTile::kMaxRows * whole_vectors(D_v); }
-  // The vector more is for pack_transposed's last store.
   static int64_t query_numbers(int64_t D) {
-    return (QueryTile::kMaxRows + kBlockRows) * whole_vectors(steps_of<Operand>(D)) + kLanes;
+    return (QueryTile::kMaxRows + kBlockRows) * whole_vectors(steps_of<Operand>(D));
   }
-  static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D) + kLanes; }
+  static int64_t key_numbers(int64_t D) { return kTileKeys * steps_of<Operand>(D); }
   static int64_t value_numbers(int64_t D_v) {
     return steps_of<Operand>(kTileKeys) * whole_vectors(D_v);
   }
@@ -345,28 +389,10 @@ class TileForward {
   Number* const packed_v_;     // [steps of a tile][out_stride_]
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
-  bool values_of_tile_finite_ = false;  // known where there is a bias
-  SoftmaxRow<Real> rows_[QueryTile::kMaxRows + kBlockRows];
+  ValueRows<Element> values_lie_ = {};  // in the caller's memory; empty if v_ has them
+  NextTile<Element> ahead_;
+  Values values_of_tile_ = Values::unknown;
+  SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
 };
-
-template <class Isa, class Element>
-TileKernel tile_kernel_of() {
-  return {TileForward<Isa, Element>::scratch_bytes, TileForward<Isa, Element>::attend};
-}
-
-template <class Isa>
-TileKernel tile_kernel_of(DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-      return tile_kernel_of<Isa, F16>();
-    case DType::bf16:
-      return tile_kernel_of<Isa, Bf16>();
-    case DType::f32:
-      return tile_kernel_of<Isa, float>();
-    case DType::f64:
-      break;
-  }
-  return tile_kernel_of<Isa, double>();
-}
 
 }  // namespace online_attention::cpu

@@ -9,63 +9,6 @@
 
 namespace online_attention::cpu {
 
-// Rows of D elements in chunks of kLanes steps, [chunk][kRows][kLanes], with zeros behind `valid`
-// rows and behind D: nothing has to be transposed, and a micro-kernel still finds every row at a
-// fixed distance.
-template <class Operand, int kRows, class Row>
-void pack_chunks(typename Operand::Number* to, int64_t D, int valid, Row row) {
-  using Lanes = typename Operand::Lanes;
-  constexpr int kDims = Lanes::kLanes * Operand::kDepth;
-  for (int64_t d = 0; d < D; d += kDims) {
-    for (int i = 0; i < kRows; ++i, to += Lanes::kLanes) {
-      Lanes::store(i < valid ? load_some_steps<Operand>(row(i) + d, D - d) : typename Lanes::Vec{},
-                   to);
-    }
-  }
-}
-
-// The same numbers as multiply_queries_keys, bit by bit, for q in chunks; scores are [kRows][kVecs
-// * kLanes].
-template <class Operand, int kRows, int kVecs, int kPart>
-void multiply_chunks_keys(typename Operand::Real* scores, const typename Operand::Number* q,
-                          const typename Operand::Number* k, int64_t steps,
-                          typename Operand::Real sign) {
-  using Lanes = typename Operand::Lanes;
-  using Sums = typename Operand::Sums;
-  constexpr int kLanes = Lanes::kLanes;
-  static_assert(kPart % kLanes == 0);
-  for (int64_t begin = 0; begin == 0 || begin < steps; begin += kPart) {
-    const int64_t end = steps - begin < kPart ? steps : begin + kPart;
-    typename Sums::Vec sum[kRows][kVecs] = {};
-    for (int64_t chunk = begin; chunk < end; chunk += kLanes) {
-      const int64_t chunk_end = end - chunk < kLanes ? end : chunk + kLanes;
-      const typename Operand::Number* left = q + chunk * kRows;
-      for (int64_t step = chunk; step < chunk_end; ++step, ++left, k += kVecs * kLanes) {
-        typename Lanes::Vec key[kVecs];
-#pragma GCC unroll 16
-        for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * kLanes);
-#pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) {
-          const auto query = Lanes::splat(left[row * kLanes]);
-#pragma GCC unroll 16
-          for (int i = 0; i < kVecs; ++i) {
-            sum[row][i] = Operand::multiply_add(sum[row][i], query, key[i]);
-          }
-        }
-      }
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kVecs; ++i) {
-        auto* s = scores + (row * kVecs + i) * kLanes;
-        const auto signed_sum = sum[row][i] * Sums::splat(sign);
-        Sums::store(begin == 0 ? signed_sum : Sums::load(s) + signed_sum, s);
-      }
-    }
-  }
-}
-
 // Calls visit(kVecs as a constant, d) on panels of columns that begin at d: kMaxVecs vectors wide,
 // then of one each.
 template <int kLanes, int kMaxVecs, class Visit>

@@ -28,9 +28,8 @@ struct GradientScratch {
         D_stride(whole_vectors(D)),
         D_v_stride(whole_vectors(D_v)) {
     key_is_finite = take<uint8_t>(memory, kTileKeys);
-    // A vector more for pack_transposed's last store.
-    k = take<Number>(memory, kTileKeys * D_steps + kLanes);
-    v = take<Number>(memory, kTileKeys * D_v_steps + kLanes);
+    k = take<Number>(memory, kTileKeys * D_steps);
+    v = take<Number>(memory, kTileKeys * D_v_steps);
     k_columns = take<Number>(memory, kKeySteps * D_stride);
     q = take<Number>(memory, kTileRows * whole_vectors(D_steps));
     dout = take<Number>(memory, kTileRows * whole_vectors(D_v_steps));

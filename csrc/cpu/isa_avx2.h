@@ -25,6 +25,11 @@ struct Isa {
     return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
   }
 
+  typedef int32_t Table __attribute__((vector_size(kVectorBytes)));
+  static Table look_up(Table table, Table index) {
+    return (Table)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)index);
+  }
+
   static __m256 load(const F16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
   }

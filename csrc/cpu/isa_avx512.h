@@ -25,6 +25,11 @@ struct Isa {
     return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
   }
 
+  typedef int32_t Table __attribute__((vector_size(kVectorBytes)));
+  static Table look_up(Table table, Table index) {
+    return (Table)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)index, (__m512i)table);
+  }
+
   // The masked forms, because g++ 12 warns of its own undefined operand in the plain ones.
   static constexpr __mmask16 kAll = 0xffff;
 

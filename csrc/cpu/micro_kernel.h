@@ -20,31 +20,42 @@ constexpr int kPartOfScores =
     Isa::kRoundsProducts && sizeof(Element) == sizeof(RealOf<Element>) ? 16 : 128;
 
 // to[step][column] = row(column)[step], for `valid` rows of D elements; zeros for the columns
-// behind them up to kColumns. May write up to a vector more than it has to.
+// behind them. kLanes columns at a time, so that they are transposed in registers.
 template <class Operand, int kColumns, class Row>
 void pack_transposed(typename Operand::Number* to, int64_t D, int valid, Row row) {
   using Lanes = typename Operand::Lanes;
   constexpr int kLanes = Lanes::kLanes;
-  constexpr int kParts = (kColumns + kLanes - 1) / kLanes;
   constexpr int kDims = kLanes * Operand::kDepth;
-  for (int64_t d_begin = 0; d_begin < D; d_begin += kDims) {
-    const int64_t dims = D - d_begin < kDims ? D - d_begin : kDims;
-    typename Lanes::Vec block[kParts][kLanes];
-    for (int part = 0; part < kParts; ++part) {
+  static_assert(kColumns % kLanes == 0);
+  for (int first = 0; first < kColumns; first += kLanes) {
+    for (int64_t d = 0; d < D; d += kDims) {
+      const int64_t dims = D - d < kDims ? D - d : kDims;
+      typename Lanes::Vec block[kLanes];
+#pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int column = part * kLanes + lane;
-        if (column >= kColumns || column >= valid) {
-          block[part][lane] = typename Lanes::Vec{};
-        } else {
-          block[part][lane] = load_some_steps<Operand>(row(column) + d_begin, dims);
-        }
+        block[lane] = first + lane < valid ? load_some_steps<Operand>(row(first + lane) + d, dims)
+                                           : typename Lanes::Vec{};
       }
-      Lanes::transpose(block[part]);
+      Lanes::transpose(block);
+      typename Operand::Number* step = to + d / Operand::kDepth * kColumns + first;
+      for (int64_t i = 0; i < steps_of<Operand>(dims); ++i, step += kColumns) {
+        Lanes::store(block[i], step);
+      }
     }
-    // In ascending order: what a store writes too much, the next one overwrites.
-    for (int64_t i = 0; i < steps_of<Operand>(dims); ++i) {
-      for (int part = 0; part < kParts; ++part, to += kLanes) Lanes::store(block[part][i], to);
-      to += kColumns - kParts * kLanes;
+  }
+}
+
+// Rows of D elements in chunks of kLanes steps, [chunk][kRows][kLanes], with zeros behind `valid`
+// rows and behind D: nothing has to be transposed, and a micro-kernel still finds every row at a
+// fixed distance.
+template <class Operand, int kRows, class Row>
+void pack_chunks(typename Operand::Number* to, int64_t D, int valid, Row row) {
+  using Lanes = typename Operand::Lanes;
+  constexpr int kDims = Lanes::kLanes * Operand::kDepth;
+  for (int64_t d = 0; d < D; d += kDims) {
+    for (int i = 0; i < kRows; ++i, to += Lanes::kLanes) {
+      Lanes::store(i < valid ? load_some_steps<Operand>(row(i) + d, D - d) : typename Lanes::Vec{},
+                   to);
     }
   }
 }
@@ -78,50 +89,64 @@ void pack_columns(typename Operand::Number* to,
   }
 }
 
-// The largest of `count` scores, a multiple of the lanes. A NaN is passed over, as in max_of: it
-// reaches the row through its weight.
+// The largest of `count` scores, a multiple of the lanes, of each lane. A NaN is passed over, as in
+// max_of: it reaches the row through its weight.
 template <class Lanes, class Real>
-Real largest(const Real* s, int count) {
+typename Lanes::Vec largest(const Real* s, int count) {
   auto m = Lanes::splat(-kInfinity<Real>);
   for (int n = 0; n < count; n += Lanes::kLanes) m = Lanes::max(Lanes::load(s + n), m);
-  return Lanes::max_of_lanes(m);
+  return m;
 }
 
+// Whether `rows` rows of D elements, row_stride elements apart, hold neither NaN nor infinity.
 template <class Lanes, class Element>
-bool all_finite(const Element* row, int64_t D) {
-  const auto load = [](const auto& rows) { return Lanes::load(rows[0]); };
+bool all_finite(const Element* row, int64_t rows, int64_t row_stride, int64_t D) {
+  const auto load = [](const auto& from) { return Lanes::load(from[0]); };
   typename Lanes::Vec zero_or_nan = {};
-  for (int64_t d = 0; d < D; d += Lanes::kLanes) {
-    const Element* const rows[1] = {row + d};
-    const bool whole = D - d >= Lanes::kLanes;
-    zero_or_nan +=
-        (whole ? load(rows) : load_first<Lanes::kLanes>(rows, D - d, load)) * Lanes::splat(0);
+  for (int64_t i = 0; i < rows; ++i, row += row_stride) {
+    for (int64_t d = 0; d < D; d += Lanes::kLanes) {
+      const Element* const from[1] = {row + d};
+      const bool whole = D - d >= Lanes::kLanes;
+      zero_or_nan +=
+          (whole ? load(from) : load_first<Lanes::kLanes>(from, D - d, load)) * Lanes::splat(0);
+    }
   }
   return Lanes::sum_of_lanes(zero_or_nan) == 0;
 }
 
-// scores[row][column] = sign * <q_row, k_column>, for q [steps][kRows] and k [steps][kVecs *
-// kLanes] as packed above; scores has rows of kStride numbers. Each is summed in parts of kPart
-// steps, to keep rounding errors small.
-template <class Operand, int kRows, int kVecs, int kStride, int kPart>
+template <class Lanes, class Element>
+bool all_finite(const Element* row, int64_t D) {
+  return all_finite<Lanes>(row, 1, 0, D);
+}
+
+// scores[row][column] = sign * <q_row, k_column> for kVecs vectors of columns, for q in chunks and
+// k [steps][kColumns] as packed above; scores has rows of kStride numbers. Each is summed in parts
+// of kPart steps, to keep rounding errors small.
+template <class Operand, int kRows, int kVecs, int kColumns, int kStride, int kPart>
 void multiply_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
                            const typename Operand::Number* k, int64_t steps,
                            typename Operand::Real sign) {
   using Lanes = typename Operand::Lanes;
   using Sums = typename Operand::Sums;
+  constexpr int kLanes = Lanes::kLanes;
+  static_assert(kPart % kLanes == 0);
   for (int64_t begin = 0; begin == 0 || begin < steps; begin += kPart) {
     const int64_t end = steps - begin < kPart ? steps : begin + kPart;
     typename Sums::Vec sum[kRows][kVecs] = {};
-    for (int64_t step = begin; step < end; ++step, q += kRows, k += kVecs * Lanes::kLanes) {
-      typename Lanes::Vec key[kVecs];
+    for (int64_t chunk = begin; chunk < end; chunk += kLanes) {
+      const int64_t chunk_end = end - chunk < kLanes ? end : chunk + kLanes;
+      const typename Operand::Number* left = q + chunk * kRows;
+      for (int64_t step = chunk; step < chunk_end; ++step, ++left, k += kColumns) {
+        typename Lanes::Vec key[kVecs];
 #pragma GCC unroll 16
-      for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * Lanes::kLanes);
+        for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * kLanes);
 #pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) {
-        const auto query = Lanes::splat(q[row]);
+        for (int row = 0; row < kRows; ++row) {
+          const auto query = Lanes::splat(left[row * kLanes]);
 #pragma GCC unroll 16
-        for (int i = 0; i < kVecs; ++i) {
-          sum[row][i] = Operand::multiply_add(sum[row][i], query, key[i]);
+          for (int i = 0; i < kVecs; ++i) {
+            sum[row][i] = Operand::multiply_add(sum[row][i], query, key[i]);
+          }
         }
       }
     }
@@ -129,48 +154,10 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 16
       for (int i = 0; i < kVecs; ++i) {
-        auto* s = scores + row * kStride + i * Sums::kLanes;
+        auto* s = scores + row * kStride + i * kLanes;
         const auto signed_sum = sum[row][i] * Sums::splat(sign);
         Sums::store(begin == 0 ? signed_sum : Sums::load(s) + signed_sum, s);
       }
-    }
-  }
-}
-
-// The same for few rows or keys, which do not pay for the packing of the keys: each key is read
-// once, in place. q is [kRows][q_stride], in steps and with zeros behind D; row(i) is key i.
-template <class Operand, int kRows, int kStride, class Row>
-void dot_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
-                      int64_t q_stride, int64_t D, int keys, Row row, typename Operand::Real sign) {
-  using Element = typename Operand::Element;
-  using Lanes = typename Operand::Lanes;
-  using Sums = typename Operand::Sums;
-  constexpr int kLanes = Lanes::kLanes;
-  constexpr int kDims = kLanes * Operand::kDepth;
-  for (int first = 0; first < keys; first += kLanes) {
-    typename Sums::Vec parts[kRows][kLanes] = {};
-    for (int i = 0; i < kLanes && first + i < keys; ++i) {
-      const Element* key = row(first + i);
-      typename Sums::Vec sum[kRows] = {};
-      for (int64_t d = 0, step = 0; d < D; d += kDims, step += kLanes) {
-        const auto k = load_some_steps<Operand>(key + d, D - d);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          sum[r] = Operand::multiply_add(sum[r], Lanes::load(q + r * q_stride + step), k);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) parts[r][i] = sum[r];
-    }
-    for (int r = 0; r < kRows; ++r) {
-      Sums::transpose(parts[r]);
-      // In pairs: each product passes log2(kLanes) roundings here.
-#pragma GCC unroll 16
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < half; ++i) parts[r][i] += parts[r][i + half];
-      }
-      Sums::store(parts[r][0] * Sums::splat(sign), scores + r * kStride + first);
     }
   }
 }

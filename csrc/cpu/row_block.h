@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include <type_traits>
+
 namespace online_attention::cpu {
 
 // Rows [row_begin, row_begin + rows) of a tile, padded to kRows: what a micro-kernel takes at once.
@@ -28,6 +30,19 @@ void for_each_row_block(int rows, Visit visit) {
     visit(RowBlock<kBlockRows>{row, kBlockRows});
   }
   if (row < rows) visit_last_block<kBlockRows, kFewestRows>(row, rows, visit);
+}
+
+template <int kLanes>
+constexpr int padded_rows(int rows) {
+  return (rows + kLanes - 1) / kLanes * kLanes;
+}
+
+// Calls visit(count as a constant, first) on groups of kRows rows that fit a vector.
+template <int kLanes, int kRows, int kFirst = 0, class Visit>
+void for_each_group(Visit visit) {
+  constexpr int kCount = kRows - kFirst < kLanes ? kRows - kFirst : kLanes;
+  visit(std::integral_constant<int, kCount>{}, kFirst);
+  if constexpr (kFirst + kCount < kRows) for_each_group<kLanes, kRows, kFirst + kCount>(visit);
 }
 
 }  // namespace online_attention::cpu

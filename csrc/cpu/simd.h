@@ -43,6 +43,12 @@ struct Simd {
   }
   static Bits iota() { return iota(Lanes{}); }
 
+  // Whether one instruction looks up every lane of a table of one vector, by the low bits of its
+  // index.
+  static constexpr bool kLooksUp =
+      sizeof(Real) == sizeof(float) && requires(Bits bits) { Isa::look_up(bits, bits); };
+  static Bits look_up(Bits table, Bits index) { return (Bits)Isa::look_up(table, index); }
+
   // The larger of two; where one is NaN, `other`.
   static Vec max(Vec a, Vec other) { return a > other ? a : other; }
 
@@ -86,6 +92,16 @@ struct Simd {
     return fold<kLanes / 2>(v, [](Vec a, Vec b) { return a + b; })[0];
   }
 
+  // Lane i: rows[i] folded to the number that max_of_lanes and sum_of_lanes fold it to.
+  template <int kRows>
+  static Vec max_of_rows(Vec (&rows)[kRows]) {
+    return fold_rows<kLanes / 2, kRows>(rows, [](Vec a, Vec b) { return max(a, b); });
+  }
+  template <int kRows>
+  static Vec sum_of_rows(Vec (&rows)[kRows]) {
+    return fold_rows<kLanes / 2, kRows>(rows, [](Vec a, Vec b) { return a + b; });
+  }
+
   // rows[i][j] := rows[j][i]. Each of the log2(kLanes) rounds interleaves the two halves.
   static void transpose(Vec (&rows)[kLanes]) {
     for (int round = 1; round < kLanes; round *= 2) {
@@ -110,6 +126,33 @@ struct Simd {
   static Vec swap(Vec v, std::integer_sequence<int, kLane...>) {
     return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
   }
+  // Two rows become one vector: their halves are combined at the lanes of the first and the second.
+  template <int kDistance, int... kLane>
+  static Vec low_halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b,
+                                   (kLane & kDistance ? kLane - kDistance + kLanes : kLane)...);
+  }
+  template <int kDistance, int... kLane>
+  static Vec high_halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b,
+                                   (kLane & kDistance ? kLane + kLanes : kLane + kDistance)...);
+  }
+  template <int kDistance, int kCount, int kRows, class Combine>
+  static Vec fold_rows(Vec (&rows)[kRows], Combine combine) {
+    if constexpr (kDistance == 0) {
+      return rows[0];
+    } else {
+      constexpr int kLeft = kCount < kDistance ? kCount : kDistance;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLeft; ++i) {
+        const Vec other = rows[i + kDistance < kCount ? i + kDistance : i];
+        rows[i] = combine(low_halves<kDistance>(rows[i], other, Lanes{}),
+                          high_halves<kDistance>(rows[i], other, Lanes{}));
+      }
+      return fold_rows<kDistance / 2, kLeft>(rows, combine);
+    }
+  }
+
   template <int kDistance, class Combine>
   static Vec fold(Vec v, Combine combine) {
     if constexpr (kDistance == 0) {
