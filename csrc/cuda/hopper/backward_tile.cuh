@@ -10,6 +10,7 @@
 #include "cuda/hopper/backward_config.h"
 #include "cuda/hopper/warpgroup_tile.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/wgmma_ss_mn.cuh"
 
 namespace online_attention::cuda::hopper {

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <limits>
 
+#include "cuda/hopper/addressing.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/forward.h"
 #include "cuda/hopper/forward_launch.h"
@@ -63,27 +64,9 @@ const Bucket& bucket_for(const ForwardArgs& args) {
   return fills && s.S_kv >= from ? buckets.tall : buckets.wide;
 }
 
-constexpr int64_t kUnit = 16;                     // bytes: what TMA addresses are multiples of
-constexpr int64_t kStrideEnd = int64_t{1} << 40;  // bytes
-
-// What the strides of one tensor have to be. A dimension of size 1 has none that matters, but a
-// batch of one must be judged as the batch it may have been cut from, if that is to change nothing.
-struct Addressing {
-  bool strides_of_one_matter;
-
-  bool takes(int64_t size, int64_t stride, bool may_be_zero) const {
-    constexpr int64_t kBytes = 2;  // of an element
-    if (size <= 1 && !strides_of_one_matter) return true;
-    if (stride == 0) return may_be_zero;
-    return stride > 0 && stride < kStrideEnd / kBytes && stride * kBytes % kUnit == 0;
-  }
-  // [B, H, S, D]. Heads and batches may be broadcast.
-  bool takes(const View& view, int64_t B, int64_t H, int64_t S, int64_t D) const {
-    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && D % 8 == 0 &&
-           takes(B, view.stride_b, true) && takes(H, view.stride_h, true) &&
-           takes(S, view.stride_s, false);
-  }
-};
+ForwardPlan plan_for(const ForwardArgs& args, const Device& device) {
+  return plan_forward(args, bucket_for(args).config, device.multiprocessors);
+}
 
 }  // namespace
 
@@ -91,19 +74,16 @@ bool runs_forward(const ForwardArgs& args, const Device& device) {
   constexpr int32_t kRowsMin = 64;  // fewer do not fill a warpgroup
   const Shape& s = args.shape;
   if (args.is_modified() || s.S_kv == 0) return false;
-  ForwardCall call;
-  plan_call(args, bucket_for(args).config, device.multiprocessors, call);
-  if (call.plan.rows < kRowsMin) return false;
-  const Addressing tma{args.batch_invariant};
-  return tma.takes(args.q, s.B, s.H, s.S_q, s.D) && tma.takes(args.k, s.B, s.H_kv, s.S_kv, s.D) &&
-         tma.takes(args.v, s.B, s.H_kv, s.S_kv, s.D_v) &&
-         tma.takes(args.out, s.B, s.H, s.S_q, s.D_v);
+  if (plan_for(args, device).tiles.rows < kRowsMin) return false;
+  const auto takes = [&](const View& view, int64_t H, int64_t S, int64_t D) {
+    return is_addressable(view, s.B, H, S, D, args.batch_invariant);
+  };
+  return takes(args.q, s.H, s.S_q, s.D) && takes(args.k, s.H_kv, s.S_kv, s.D) &&
+         takes(args.v, s.H_kv, s.S_kv, s.D_v) && takes(args.out, s.H, s.S_q, s.D_v);
 }
 
 int64_t forward_workspace_bytes(const ForwardArgs& args, const Device& device) {
-  ForwardCall call;
-  plan_call(args, bucket_for(args).config, device.multiprocessors, call);
-  return workspace_bytes(args, call);
+  return plan_for(args, device).workspace_bytes(args);
 }
 
 Status forward(const ForwardArgs& args, const Launch& launch) {

@@ -26,7 +26,10 @@ __global__ void __launch_bounds__(kForward<kHeadDim, kValueDim, kRows>.threads()
 inline Status describe_call(const ForwardArgs& args, const ForwardConfig& config,
                             int multiprocessors, ForwardCall& call) {
   const Shape& s = args.shape;
-  plan_call(args, config, multiprocessors, call);
+  const ForwardPlan plan = plan_forward(args, config, multiprocessors);
+  call.plan = plan.tiles;
+  call.first_query = plan.first_query;
+  call.last_query = plan.last_query;
   call.args = args;
   call.sign = static_cast<float>(args.scale.sign);
   call.scale_log2 = static_cast<float>(args.scale.log2);
@@ -37,6 +40,13 @@ inline Status describe_call(const ForwardArgs& args, const ForwardConfig& config
       describe(args.k, {s.B, s.H_kv, s.S_kv, s.D}, args.dtype, config.tile_n, call.k);
   if (k_status != kOk) return k_status;
   return describe(args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, args.dtype, config.tile_n, call.v);
+}
+
+// Fills in the rest.
+inline void place_workspace(void* workspace, ForwardCall& call) {
+  call.taken = ForwardPlan::counts(call.args) ? static_cast<uint32_t*>(workspace) : nullptr;
+  void* behind = static_cast<char*>(workspace) + ForwardPlan::kCounterBytes;
+  call.partial = SplitBuffers<float>::in(behind, call.plan, call.args.shape);
 }
 
 template <typename Element, int kHeadDim, int kValueDim, int kRows>
