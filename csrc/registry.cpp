@@ -79,7 +79,7 @@ constexpr Runner kRunners[] = {
      .arch_max = 0,
      .dtypes = kAllTypes,
      .head_dim_max = kAnyHeadDim,
-     .forward = {no_workspace<ForwardArgs>, cpu::forward},
+     .forward = {cpu::forward_workspace_bytes, cpu::forward},
      .backward = {cpu::backward_workspace_bytes, cpu::backward}},
 };
 

@@ -93,6 +93,7 @@ def load() -> ModuleType:
     sources = sorted(SOURCES.glob("*.cpp")) + COMPILED_WITH
     headers = sorted(SOURCES.glob("*.h")) + sorted((CSRC / "core").glob("*.h"))
     headers += [source.with_suffix(".h") for source in COMPILED_WITH]
+    headers.append(CSRC / "cpu" / "split_keys.h")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     target = CACHE / cache_key(command, sources + headers) / f"whitebox{suffix}"
     if not target.exists():

@@ -3,8 +3,8 @@
 //
 // One pass, five products: the thread that has a key tile takes all query rows past it, sums dk and
 // dv by itself, and adds its part of dq to a sum that all key tiles share. That sum is taken in the
-// order of the keys, whoever is first: a thread that comes early waits. It waits only for the
-// addition, a small part of the work, and only for tasks that were begun before its own, so that
+// order of the keys, whoever is first: a thread that comes early keeps its part and goes on, and
+// waits when it can keep no more. It waits only for tasks that were begun before its own, so that
 // any number of threads gets to the end.
 //
 // Workspace: for each query row its softmax and delta (three numbers), a byte, and for the narrow
@@ -125,6 +125,7 @@ class Backward {
 
  private:
   using Counter = std::atomic<int32_t>;
+  class DqParts;
 
   // nullptr if there is no memory.
   std::byte* scratch() {
@@ -163,6 +164,65 @@ class Backward {
   std::atomic<bool> out_of_memory_ = false;
 };
 
+// A key tile's parts of dq whose turn has not come, in the order of their sets.
+class Backward::DqParts {
+ public:
+  DqParts(const Backward& backward, const KeyTile& keys, int64_t key_tile, std::byte* scratch)
+      : backward_(backward), keys_(keys), key_tile_(key_tile), scratch_(scratch) {}
+
+  // Waits where all slots are taken.
+  int free_slot() {
+    if (kept_ == kSlots) {
+      wait_for_turn();
+      add_first();
+    }
+    return (first_ + kept_) % kSlots;
+  }
+
+  // What lies in the free slot belongs to `set`.
+  void keep(int64_t set) {
+    sets_[(first_ + kept_) % kSlots] = set;
+    ++kept_;
+    while (kept_ > 0 && is_turn()) add_first();
+  }
+
+  void add_all() {
+    while (kept_ > 0) {
+      wait_for_turn();
+      add_first();
+    }
+  }
+
+ private:
+  static constexpr int kSlots = GradientKernel::kSlots;
+
+  Counter& tiles_added() const { return backward_.workspace_.tiles_added[sets_[first_]]; }
+  KvRange key_tiles() const {
+    return backward_.key_tiles_of(sets_[first_] % backward_.tiling_.q_tiles);
+  }
+  int32_t tiles_before() const { return static_cast<int32_t>(key_tile_ - key_tiles().begin); }
+
+  bool is_turn() const { return tiles_added().load(std::memory_order_acquire) == tiles_before(); }
+  void wait_for_turn() const {
+    while (!is_turn()) std::this_thread::yield();
+  }
+
+  void add_first() {
+    const Turn turn = {tiles_before() == 0, key_tile_ + 1 == key_tiles().end};
+    backward_.kernel_.add_dq(keys_, backward_.query_rows(sets_[first_]), first_, turn, scratch_);
+    tiles_added().store(tiles_before() + 1, std::memory_order_release);
+    first_ = (first_ + 1) % kSlots;
+    --kept_;
+  }
+
+  const Backward& backward_;
+  const KeyTile& keys_;
+  const int64_t key_tile_;
+  std::byte* const scratch_;
+  int64_t sets_[kSlots] = {};
+  int first_ = 0, kept_ = 0;
+};
+
 // (E28), the softmax of each row, and zeros for dq of rows that no key tile will visit.
 void Backward::prepare(int64_t set, std::byte* scratch) const {
   const Shape& s = args_.shape;
@@ -183,20 +243,16 @@ void Backward::prepare(int64_t set, std::byte* scratch) const {
 
 void Backward::run(int64_t kv_head, int64_t key_tile_index, std::byte* scratch) const {
   const KeyTile keys = key_tile(kv_head, key_tile_index);
+  DqParts parts(*this, keys, key_tile_index, scratch);
   kernel_.start(keys, scratch);
   for (int64_t i = 0; i < tiling_.sets(); ++i) {
     const KvRange key_tiles = key_tiles_of(i % tiling_.q_tiles);
     if (key_tile_index < key_tiles.begin || key_tile_index >= key_tiles.end) continue;
     const int64_t set = kv_head * tiling_.sets() + i;
-    const QueryRows rows = query_rows(set);
-    kernel_.add(keys, rows, scratch);
-    if (!keys.wants_dq) continue;
-    Counter& tiles_added = workspace_.tiles_added[set];
-    const auto tiles_before = static_cast<int32_t>(key_tile_index - key_tiles.begin);
-    while (tiles_added.load(std::memory_order_acquire) != tiles_before) std::this_thread::yield();
-    kernel_.add_dq(keys, rows, {tiles_before == 0, key_tile_index + 1 == key_tiles.end}, scratch);
-    tiles_added.store(tiles_before + 1, std::memory_order_release);
+    kernel_.add(keys, query_rows(set), parts.free_slot(), scratch);
+    if (keys.wants_dq) parts.keep(set);
   }
+  parts.add_all();
   kernel_.finish(keys, scratch);
 }
 

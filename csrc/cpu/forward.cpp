@@ -49,11 +49,12 @@ TileKernel tile_kernel(DType dtype) {
 struct Tiling {
   int64_t queries, heads;       // of a tile
   int64_t q_tiles, head_tiles;  // of a kv head
-  int64_t tasks;
+  int64_t tiles;
+  KeySplit split;  // of the keys of each tile
 
   // Wide tiles pack keys and values less often; narrow ones keep all cores busy. No result depends
   // on the width.
-  explicit Tiling(const Shape& s) {
+  explicit Tiling(const Shape& s) : split(s) {
     static const int64_t enough_tasks = 4 * int64_t{std::thread::hardware_concurrency()};
     int64_t rows = QueryTile::kMaxRows;
     do {
@@ -62,26 +63,55 @@ struct Tiling {
       q_tiles = ceil_div(s.S_q, queries);
       heads = std::clamp<int64_t>(rows / queries, 1, s.group());
       head_tiles = ceil_div(s.group(), heads);
-      tasks = s.B * s.H_kv * head_tiles * q_tiles;
+      tiles = s.B * s.H_kv * head_tiles * q_tiles;
       rows /= 2;
-    } while (tasks < enough_tasks && rows >= kFewestRows);
+    } while (tasks() < enough_tasks && rows >= kFewestRows);
   }
+
+  int64_t tasks() const { return tiles * split.count; }
 
  private:
   static constexpr int64_t kBlockRows = 12;  // of the widest kernel, a multiple of the others'
   static constexpr int64_t kFewestRows = 48;
 };
 
+int64_t real_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// Where the parts of the workspace begin, if the keys are split. `memory` may be null: then only
+// `bytes` is right.
+struct Workspace {
+  Workspace(const ForwardArgs& args, const Tiling& tiling, void* memory) {
+    if (!tiling.split.exists()) return;
+    const Shape& s = args.shape;
+    part_bytes = RowPart::bytes(s.D_v, real_bytes(args.dtype));
+    parts = static_cast<std::byte*>(memory);
+    bytes = s.B * s.H * s.S_q * tiling.split.count * part_bytes;
+    if (parts != nullptr) parts_done = reinterpret_cast<Counter*>(parts + bytes);
+    bytes += tiling.tiles * static_cast<int64_t>(sizeof(Counter));
+  }
+
+  using Counter = std::atomic<int32_t>;
+  std::byte* parts = nullptr;     // [B, H, S_q, parts], part_bytes each
+  Counter* parts_done = nullptr;  // of each tile
+  int64_t part_bytes = 0;
+  int64_t bytes = 0;
+};
+
 class Forward {
  public:
-  explicit Forward(const ForwardArgs& args)
+  Forward(const ForwardArgs& args, void* workspace)
       : args_(args),
         tiling_(args.shape),
+        workspace_(args, tiling_, workspace),
         kernel_(tile_kernel(args.dtype)),
         scratch_bytes_(
-            static_cast<std::size_t>(kernel_.scratch_bytes(args.shape.D, args.shape.D_v))) {}
+            static_cast<std::size_t>(kernel_.scratch_bytes(args.shape.D, args.shape.D_v))) {
+    for (int64_t tile = 0; tiling_.split.exists() && tile < tiling_.tiles; ++tile) {
+      new (workspace_.parts_done + tile) Workspace::Counter(0);
+    }
+  }
 
-  int64_t tasks() const { return tiling_.tasks; }
+  int64_t tasks() const { return tiling_.tasks(); }
 
   // Runs on every thread until no task is left: whichever thread is free takes the next one, and
   // the results do not depend on it.
@@ -92,48 +122,76 @@ class Forward {
       out_of_memory_ = true;
       return;
     }
-    for (int64_t task; (task = next_task_++) < tiling_.tasks;) {
-      kernel_.attend(query_tile(task), memory);
+    for (int64_t task; (task = next_task_++) < tasks();) {
+      const int64_t index = task / tiling_.split.count;
+      const QueryTile tile = query_tile(index, task % tiling_.split.count);
+      kernel_.attend(tile, memory);
+      if (tile.is_part && is_last_part(index)) join(tile);
     }
   }
 
   Status status() const {
-    return out_of_memory_ && next_task_ < tiling_.tasks
+    return out_of_memory_ && next_task_ < tasks()
                ? "attention on the CPU: no memory is left for a thread's working space."
                : kOk;
   }
 
  private:
-  QueryTile query_tile(int64_t task) const;
-  void set_row(QueryTile& tile, int row, int64_t b, int64_t h, int64_t q_idx) const;
+  QueryTile query_tile(int64_t index, int64_t part) const;
+  void set_row(QueryTile& tile, int row, int64_t b, int64_t h, int64_t q_idx, int64_t part) const;
+  void join(const QueryTile& tile) const;
+
+  bool is_last_part(int64_t tile) const {
+    return workspace_.parts_done[tile].fetch_add(1, std::memory_order_acq_rel) + 1 ==
+           tiling_.split.count;
+  }
+
+  int64_t row_index(int64_t b, int64_t h, int64_t q_idx) const {
+    return (b * args_.shape.H + h) * args_.shape.S_q + q_idx;
+  }
+  std::byte* address(const View& view, int64_t b, int64_t h, int64_t q_idx) const {
+    return static_cast<std::byte*>(view.data) +
+           (b * view.stride_b + h * view.stride_h + q_idx * view.stride_s) *
+               element_bytes(args_.dtype);
+  }
+  std::byte* lse_address(int64_t row) const {
+    return static_cast<std::byte*>(args_.lse) + row * real_bytes(args_.dtype);
+  }
+  std::byte* part_address(int64_t row, int64_t part) const {
+    return workspace_.parts + (row * tiling_.split.count + part) * workspace_.part_bytes;
+  }
 
   const ForwardArgs& args_;
   const Tiling tiling_;
+  const Workspace workspace_;
   const TileKernel kernel_;
   const std::size_t scratch_bytes_;
   std::atomic<int64_t> next_task_ = 0;
   std::atomic<bool> out_of_memory_ = false;
 };
 
-QueryTile Forward::query_tile(int64_t task) const {
+QueryTile Forward::query_tile(int64_t index, int64_t part) const {
   const Shape& s = args_.shape;
   // Last queries first: under a causal mask they see the most keys, and long tasks at the end would
   // leave threads idle.
-  const int64_t q_tile = tiling_.q_tiles - 1 - task % tiling_.q_tiles;
-  const int64_t head_tile = task / tiling_.q_tiles % tiling_.head_tiles;
-  const int64_t kv_head = task / tiling_.q_tiles / tiling_.head_tiles % s.H_kv;
-  const int64_t b = task / tiling_.q_tiles / tiling_.head_tiles / s.H_kv;
+  const int64_t q_tile = tiling_.q_tiles - 1 - index % tiling_.q_tiles;
+  const int64_t head_tile = index / tiling_.q_tiles % tiling_.head_tiles;
+  const int64_t kv_head = index / tiling_.q_tiles / tiling_.head_tiles % s.H_kv;
+  const int64_t b = index / tiling_.q_tiles / tiling_.head_tiles / s.H_kv;
   const int64_t q_begin = q_tile * tiling_.queries;
   const int64_t q_end = std::min(q_begin + tiling_.queries, s.S_q);
   const int64_t h_begin = kv_head * s.group() + head_tile * tiling_.heads;
   const int64_t h_end = std::min(h_begin + tiling_.heads, (kv_head + 1) * s.group());
 
   QueryTile tile;
+  tile.is_part = tiling_.split.exists();
   for (int64_t h = h_begin; h < h_end; ++h) {
-    for (int64_t q_idx = q_begin; q_idx < q_end; ++q_idx) set_row(tile, tile.rows++, b, h, q_idx);
+    for (int64_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
+      set_row(tile, tile.rows++, b, h, q_idx, part);
+    }
   }
   const auto first = static_cast<int32_t>(q_begin), last = static_cast<int32_t>(q_end);
-  const KvRange of_mask = args_.mask.kv_range(first, last);
+  const KvRange of_mask = tiling_.split.part_of(args_.mask.kv_range(first, last), part);
   tile.in_place = QueryTile::multiplied_in_place(s);
   tile.all_rows_see = of_mask;
   tile.some_row_sees = {of_mask.end, of_mask.begin};
@@ -146,10 +204,8 @@ QueryTile Forward::query_tile(int64_t task) const {
     tile.some_row_sees.end = std::max(tile.some_row_sees.end, visible.end);
   }
   if (tile.some_row_sees.size() == 0) tile.some_row_sees = {};
-  tile.k = static_cast<const std::byte*>(args_.k.data) +
-           (b * args_.k.stride_b + kv_head * args_.k.stride_h) * element_bytes(args_.dtype);
-  tile.v = static_cast<const std::byte*>(args_.v.data) +
-           (b * args_.v.stride_b + kv_head * args_.v.stride_h) * element_bytes(args_.dtype);
+  tile.k = address(args_.k, b, kv_head, 0);
+  tile.v = address(args_.v, b, kv_head, 0);
   tile.k_stride = args_.k.stride_s;
   tile.v_stride = args_.v.stride_s;
   tile.D = s.D;
@@ -162,31 +218,41 @@ QueryTile Forward::query_tile(int64_t task) const {
   return tile;
 }
 
-void Forward::set_row(QueryTile& tile, int row, int64_t b, int64_t h, int64_t q_idx) const {
-  const Shape& s = args_.shape;
-  const int64_t bytes = element_bytes(args_.dtype);
-  const auto address = [&](const View& view) {
-    return static_cast<std::byte*>(view.data) +
-           (b * view.stride_b + h * view.stride_h + q_idx * view.stride_s) * bytes;
-  };
-  tile.q[row] = address(args_.q);
-  tile.out[row] = address(args_.out);
-  tile.lse[row] = static_cast<std::byte*>(args_.lse) +
-                  ((b * s.H + h) * s.S_q + q_idx) * (args_.dtype == DType::f64 ? 8 : 4);
+void Forward::set_row(QueryTile& tile, int row, int64_t b, int64_t h, int64_t q_idx,
+                      int64_t part) const {
+  const int64_t index = row_index(b, h, q_idx);
+  std::byte* const memory = part_address(index, part);
+  tile.q[row] = address(args_.q, b, h, q_idx);
+  tile.out[row] = tile.is_part ? memory + RowPart::kOutput : address(args_.out, b, h, q_idx);
+  tile.lse[row] = tile.is_part ? memory : lse_address(index);
   const auto q = static_cast<int32_t>(q_idx);
-  tile.visible[row] = args_.mask.kv_range(q, q + 1);
-  tile.head[row] = static_cast<uint32_t>(b * s.H + h);
+  tile.visible[row] = tiling_.split.part_of(args_.mask.kv_range(q, q + 1), part);
+  tile.head[row] = static_cast<uint32_t>(b * args_.shape.H + h);
   tile.q_idx[row] = static_cast<uint32_t>(q_idx);
   if (!args_.bias.exists()) return;
   tile.bias[row] = bias_row(args_.bias, args_.dtype, b, h, q_idx);
   tile.visible[row] = without_hidden_ends(args_.bias, tile.bias[row], tile.visible[row]);
 }
 
+void Forward::join(const QueryTile& tile) const {
+  const Shape& s = args_.shape;
+  for (int row = 0; row < tile.rows; ++row) {
+    const int64_t b = tile.head[row] / s.H, h = tile.head[row] % s.H, q_idx = tile.q_idx[row];
+    const int64_t index = row_index(b, h, q_idx);
+    kernel_.join({part_address(index, 0), workspace_.part_bytes, tiling_.split.count, s.D_v,
+                  tile.dropout.keep_scale, address(args_.out, b, h, q_idx), lse_address(index)});
+  }
+}
+
 }  // namespace
+
+int64_t forward_workspace_bytes(const ForwardArgs& args, const Device&) {
+  return args.shape.empty() ? 0 : Workspace(args, Tiling(args.shape), nullptr).bytes;
+}
 
 Status forward(const ForwardArgs& args, const Launch& launch) {
   if (args.shape.empty()) return kOk;
-  Forward forward(args);
+  Forward forward(args, launch.workspace);
   const auto work = [](int64_t, int64_t, void* context) { static_cast<Forward*>(context)->work(); };
   launch.parallel_for(forward.tasks(), 1, work, &forward);
   return forward.status();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernel for AVX-512 (F, BW, DQ, VL). Compiled with those flags; see query_tile.h.
-#include "cpu/forward_kernel.h"
 #include "cpu/isa_avx512.h"
+#include "cpu/tile_kernels.h"
 
 namespace online_attention::cpu::avx512 {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernel for any processor of the architecture; see query_tile.h.
-#include "cpu/forward_kernel.h"
 #include "cpu/isa_baseline.h"
+#include "cpu/tile_kernels.h"
 
 namespace online_attention::cpu::baseline {
 

@@ -8,16 +8,19 @@
 #pragma once
 
 #include "cpu/dropout_mask.h"
+#include "cpu/few_rows_kernel.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
+#include "cpu/row_results.h"
 #include "cpu/score_bias.h"
 #include "cpu/softmax_rows.h"
 #include "cpu/weigh.h"
 
 namespace online_attention::cpu {
 
-template <class Isa, class Element>
+// kInPlace: QueryTile::in_place.
+template <class Isa, class Element, bool kInPlace>
 class TileForward {
  public:
   static void attend(const QueryTile& tile, std::byte* scratch) {
@@ -28,9 +31,9 @@ class TileForward {
          begin += kTileKeys) {
       const auto keys_begin = static_cast<int32_t>(begin);
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
-      if (!tile.in_place) forward.pack_keys(keys);
-      forward.pack_values(keys, keys);
-      forward.fetch_after(keys);
+      if constexpr (!kInPlace) forward.pack_keys(keys);
+      forward.take_values(keys);
+      if constexpr (!kInPlace) forward.look_ahead(keys);
       forward.values_of_tile_ = Values::unknown;
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
@@ -52,18 +55,19 @@ class TileForward {
   using Vec = typename Lanes::Vec;
 
   static constexpr int kLanes = Lanes::kLanes;
-  static constexpr int kBlockRows = Isa::kBlockRows;
+  // Rows in place come in powers of 2 more often than not: those of a group of heads.
+  static constexpr int kBlockRows = kInPlace ? 8 : Isa::kBlockRows;
   static constexpr int kBlockVecs = Isa::kBlockVecs;
   static constexpr int kPanelKeys = kBlockVecs * kLanes;  // the keys of one micro-kernel
   static constexpr int kTileKeys = 512 / static_cast<int>(sizeof(Real));
-  static_assert(kTileKeys % kPanelKeys == 0);
+  static_assert(kTileKeys % kPanelKeys == 0 && KeySplit::kTileKeys % kTileKeys == 0);
   // Weights take the place of their row's scores.
   static constexpr int kWeightStride = kTileKeys * static_cast<int>(sizeof(Real) / sizeof(Weight));
   // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
   // elements. Few rows wait for memory and have time for them.
   static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
+  static constexpr int kPartOfTile = kNarrow || !kInPlace ? kWeightStride : 32;
   static constexpr int kPart = kPartOfScores<Isa, Element>;
-  static constexpr int kPartInPlace = kNarrow ? kWeightStride : 32;
 
   template <int kRows>
   using Block = RowBlock<kRows>;
@@ -89,7 +93,7 @@ class TileForward {
     const auto row = [&](int i) {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
-    if (tile_.in_place) {
+    if constexpr (kInPlace) {
       pack_in_rows<Operand>(q_ + block.row_begin * q_stride(), q_stride(), tile_.D, kRows,
                             [&](int i) { return row(smaller(i, block.rows - 1)); });
     } else {
@@ -109,26 +113,23 @@ class TileForward {
     }
   }
 
-  // While the rows work on one tile, the keys and values of the next come nearer, a few at a time:
-  // a core drops what it has no buffer for.
-  void fetch_after(KvRange keys) {
-    keys_ahead_ = values_ahead_ = keys.end;
-    ahead_end_ = smaller(keys.end + kTileKeys, tile_.some_row_sees.end);
+  // While packed rows work on one tile, the keys and values of the next come nearer, a few at a
+  // time: a core drops what it has no buffer for.
+  void look_ahead(KvRange keys) {
+    const KvRange next = tile_after(keys);
+    const Block<1> first = {0, 1};
+    keys_ahead_ = rows_ahead(first, tile_.k, tile_.k_stride, tile_.D, next);
+    values_ahead_ = rows_ahead(first, tile_.v, tile_.v_stride, tile_.D_v, next);
     const int panels = (tile_.rows + kBlockRows - 1) / kBlockRows * (kTileKeys / kPanelKeys);
     keys_at_once_ = (kTileKeys + panels - 1) / panels;
+    values_at_once_ = (kTileKeys + tile_.rows - 1) / tile_.rows;
   }
-  void fetch_keys() {
-    for (int i = 0; i < keys_at_once_ && keys_ahead_ < ahead_end_; ++i, ++keys_ahead_) {
-      fetch(static_cast<const Element*>(tile_.k) + keys_ahead_ * tile_.k_stride, tile_.D);
-    }
-  }
-  void fetch_value() {
-    if (values_ahead_ >= ahead_end_) return;
-    fetch(static_cast<const Element*>(tile_.v) + values_ahead_++ * tile_.v_stride, tile_.D_v);
-  }
-  static void fetch(const Element* row, int64_t elements) {
-    constexpr int64_t kCacheLine = 64 / sizeof(Element);
-    for (int64_t d = 0; d < elements; d += kCacheLine) __builtin_prefetch(row + d, 0, 2);
+
+  // The values of the tile `keys`: where they lie, or packed.
+  void take_values(KvRange keys) {
+    if (!kInPlace || tile_.D_v % kLanes != 0) return pack_values(keys, keys);
+    values_lie_ = {static_cast<const Element*>(tile_.v) + keys.begin * tile_.v_stride,
+                   tile_.v_stride, keys.size()};
   }
 
   // The values of `wanted`, a part of the tile `keys`; zeros for keys that share a step with them,
@@ -136,6 +137,7 @@ class TileForward {
   void pack_values(KvRange wanted, KvRange keys, const void* bias_row = nullptr) {
     const int64_t D_v = tile_.D_v;
     const auto* v = static_cast<const Element*>(tile_.v);
+    values_lie_ = {};
     if constexpr (Operand::kDepth == 1 && sizeof(Element) == sizeof(Number)) {
       if (D_v % kLanes == 0 && bias_row == nullptr) {
         v_ = v + keys.begin * tile_.v_stride;
@@ -176,12 +178,16 @@ class TileForward {
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
     Real scores[kRows * kTileKeys];
-    Real alpha[padded_rows(kRows)];
+    Real alpha[kWholeVectors<Lanes, kRows>];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
       hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);
     }
-    weigh_block(block, scores, alpha, panels);
+    weigh_rows<Isa, Operand, kRows, kTileKeys>(softmax_, block.row_begin, scores, alpha, panels,
+                                               factor_, [&] {
+                                                 if constexpr (!kInPlace)
+                                                   values_ahead_.fetch_more(values_at_once_);
+                                               });
     for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
       drop(scores + i * kTileKeys, panels, block.row_begin + i, keys.begin);
     }
@@ -189,51 +195,10 @@ class TileForward {
     const KvRange touched = keys_of(steps, keys);
     const bool all_visible = !bias_.exists() && contains(seen.by_all, touched);
     if (all_visible || finite(keys) || values_finite(touched)) {
-      add_values_of<kRows>(out_row(block.row_begin), alpha, weights_of(scores), steps);
+      add_values_of(block, alpha, weights_of(scores), steps, keys);
     } else {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
     }
-  }
-
-  // Scores become weights. Rows take the steps of their softmax together, a vector of them at a
-  // time.
-  template <int kRows>
-  void weigh_block(Block<kRows> block, Real* scores, Real* alpha, KvRange panels) {
-    constexpr int kPadded = padded_rows(kRows);
-    Vec rows[kPadded];
-    Real top[kPadded], base[kPadded];
-    for (int i = 0; i < kRows; ++i) {
-      rows[i] = largest<Lanes>(scores + i * kTileKeys + panels.begin, panels.size());
-    }
-    for_each_group<kRows>([&]<int kCount>(std::integral_constant<int, kCount>, int first) {
-      Vec(&group)[kCount] = *reinterpret_cast<Vec(*)[kCount]>(rows + first);
-      const Vec tops = Lanes::max_of_rows(group);
-      Lanes::store(tops, top + first);
-      const int row = block.row_begin + first;
-      Lanes::store(softmax_.raise(row, tops * Lanes::splat(factor_)), alpha + first);  // (E6)
-      Lanes::store(softmax_.base(row), base + first);
-    });
-    for (int i = 0; i < kRows; ++i) {  // (E7)
-      fetch_value();
-      Real* s = scores + i * kTileKeys;
-      rows[i] = weigh<Isa, Operand>(s + panels.begin, weights_of(s) + panels.begin, panels.size(),
-                                    top[i], factor_, base[i]);
-    }
-    for_each_group<kRows>([&]<int kCount>(std::integral_constant<int, kCount>, int first) {
-      Vec(&group)[kCount] = *reinterpret_cast<Vec(*)[kCount]>(rows + first);
-      softmax_.absorb(block.row_begin + first, Lanes::load(alpha + first),
-                      Lanes::sum_of_rows(group));  // (E8)
-    });
-  }
-
-  static constexpr int padded_rows(int rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
-
-  // Calls visit(count as a constant, first) on groups of kRows rows that fit a vector.
-  template <int kRows, int kFirst = 0, class Visit>
-  static void for_each_group(Visit visit) {
-    constexpr int kCount = kRows - kFirst < kLanes ? kRows - kFirst : kLanes;
-    visit(std::integral_constant<int, kCount>{}, kFirst);
-    if constexpr (kFirst + kCount < kRows) for_each_group<kRows, kFirst + kCount>(visit);
   }
 
   // Of the keys of one tile, those that some row, and those that all rows of a block see.
@@ -274,19 +239,21 @@ class TileForward {
   KvRange multiply(Block<kRows> block, Real* scores, KvRange wanted, KvRange keys) {
     const auto sign = static_cast<Real>(tile_.sign);
     const int32_t count = wanted.end - keys.begin;
-    if (tile_.in_place) {
+    if constexpr (kInPlace) {
       const int32_t begin = (wanted.begin - keys.begin) / kLanes * kLanes;
-      const auto* k = static_cast<const Element*>(tile_.k) + (keys.begin + begin) * tile_.k_stride;
-      const auto row = [&](int i) { return k + i * tile_.k_stride; };
-      dot_queries_keys<Operand, kRows, kTileKeys>(scores + begin, q_ + block.row_begin * q_stride(),
-                                                  q_stride(), tile_.D, count - begin, row, sign);
+      const int32_t first = keys.begin + begin;
+      const auto* k = static_cast<const Element*>(tile_.k) + first * tile_.k_stride;
+      const auto key = [&](int i) { return k + i * tile_.k_stride; };
+      dot_queries_keys<Isa, Operand, kRows, kTileKeys>(
+          scores + begin, q_ + block.row_begin * q_stride(), q_stride(), tile_.D, count - begin,
+          key, sign, rows_ahead(block, tile_.v, tile_.v_stride, tile_.D_v, {first, wanted.end}));
       return {begin, static_cast<int32_t>(whole_vectors(count))};
     }
     const Number* q = q_ + block.row_begin * q_stride();
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
-      fetch_keys();
+      keys_ahead_.fetch_more(keys_at_once_);
       const Number* panel = k_ + key * D_steps_;
       if (count - key <= kLanes) {
         multiply_queries_keys<Operand, kRows, 1, kPanelKeys, kTileKeys, kPart>(
@@ -337,13 +304,34 @@ class TileForward {
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
 
-  // out := alpha * out + p v over `steps` of the tile, for kRows rows of p and out.
+  // Of keys or values: asked for once, by the first block.
   template <int kRows>
-  void add_values_of(Real* out, const Real* alpha, const Weight* p, KvRange steps) const {
-    const auto add = tile_.in_place
-                         ? add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartInPlace>
-                         : add_values<Operand, kRows, kBlockVecs, kWeightStride, kWeightStride>;
-    add(out, out_stride_, alpha, p, v_, v_stride_, steps);
+  RowsAhead<Element> rows_ahead(Block<kRows> block, const void* matrix, int64_t stride,
+                                int64_t elements, KvRange keys) const {
+    if (block.row_begin > 0) return {};
+    return {static_cast<const Element*>(matrix) + keys.begin * stride, stride, elements,
+            keys.size()};
+  }
+
+  KvRange tile_after(KvRange keys) const {
+    return {keys.end, smaller(keys.end + kTileKeys, tile_.some_row_sees.end)};
+  }
+
+  // out := alpha * out + p v over `steps` of the tile, for the rows of `block`.
+  template <int kRows>
+  void add_values_of(Block<kRows> block, const Real* alpha, const Weight* p, KvRange steps,
+                     KvRange keys) const {
+    Real* out = out_row(block.row_begin);
+    if constexpr (kInPlace) {
+      if (values_lie_.count > 0) {
+        add_values_in_place<Isa, Operand, kRows, kWeightStride, kPartOfTile>(
+            out, out_stride_, alpha, p, values_lie_, tile_.D_v, steps,
+            rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, tile_after(keys)));
+        return;
+      }
+    }
+    add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartOfTile>(out, out_stride_, alpha, p,
+                                                                       v_, v_stride_, steps);
   }
 
   // Of two rows in one block one may see a NaN value that is hidden from the other, whose weight 0
@@ -355,9 +343,10 @@ class TileForward {
       const KvRange seen = row_keys(row, keys);
       if (seen.begin >= seen.end) continue;
       pack_values(seen, keys, bias_row(row));
-      add_values_of<1>(out_row(row), alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys));
+      add_values_of(Block<1>{row, 1}, alpha + i, p + i * kWeightStride, steps_that_hold(seen, keys),
+                    keys);
     }
-    pack_values(keys, keys);
+    take_values(keys);
   }
 
   bool values_finite(KvRange wanted) const {
@@ -376,20 +365,16 @@ class TileForward {
 
   template <int kRows>
   void finish(Block<kRows> block) const {
-    const auto keep_scale = static_cast<Real>(tile_.dropout.keep_scale);
+    using Results = RowResults<Isa, Element>;
+    const int64_t D_v = tile_.D_v;
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
       const SoftmaxRow<Real> softmax = softmax_.row(row);
-      const Vec inverse_sum = Lanes::splat(softmax.inverse_sum() * keep_scale);  // (E9), (E45)
-      const Real* from = out_row(row);
-      Element* to = static_cast<Element*>(tile_.out[row]);
-      int64_t d = 0;
-      for (; d + kLanes <= tile_.D_v; d += kLanes) {
-        Lanes::store(Lanes::load(from + d) * inverse_sum, to + d);
+      void *out = tile_.out[row], *lse = tile_.lse[row];
+      if (tile_.is_part) {
+        Results::write_part(softmax, out_row(row), D_v, out, lse);
+      } else {
+        Results::write(softmax, out_row(row), D_v, tile_.dropout.keep_scale, out, lse);
       }
-      if (d < tile_.D_v) {
-        Lanes::store_first(Lanes::load(from + d) * inverse_sum, to + d, tile_.D_v - d);
-      }
-      *static_cast<Real*>(tile_.lse[row]) = softmax.lse();  // (E10)
     }
   }
 
@@ -420,29 +405,11 @@ class TileForward {
   Number* const packed_v_;     // [steps of a tile][out_stride_]
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
-  int32_t keys_ahead_ = 0, values_ahead_ = 0, ahead_end_ = 0, keys_at_once_ = 0;
+  ValueRows<Element> values_lie_ = {};            // in the caller's memory; empty if v_ has them
+  RowsAhead<Element> keys_ahead_, values_ahead_;  // of the next tile
+  int keys_at_once_ = 0, values_at_once_ = 0;
   Values values_of_tile_ = Values::unknown;
   SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
 };
-
-template <class Isa, class Element>
-TileKernel tile_kernel_of() {
-  return {TileForward<Isa, Element>::scratch_bytes, TileForward<Isa, Element>::attend};
-}
-
-template <class Isa>
-TileKernel tile_kernel_of(DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-      return tile_kernel_of<Isa, F16>();
-    case DType::bf16:
-      return tile_kernel_of<Isa, Bf16>();
-    case DType::f32:
-      return tile_kernel_of<Isa, float>();
-    case DType::f64:
-      break;
-  }
-  return tile_kernel_of<Isa, double>();
-}
 
 }  // namespace online_attention::cpu

@@ -43,6 +43,7 @@ struct Pairs {
   using Lanes = Simd<Isa, Number>;
   using Sums = Simd<Isa, Real>;
   using Vec = Lanes::Vec;
+  typedef int16_t Shorts __attribute__((vector_size(64)));
   static constexpr int kDepth = 2;
 
   static Vec load_steps(const Bf16* row) { return Lanes::load_bits(row); }
@@ -50,6 +51,26 @@ struct Pairs {
   static Vec load_columns(const Bf16* const (&rows)[2]) {
     const auto low = (Lanes::Words)Sums::load(rows[0]) >> 16;
     return (Vec)(low | (Lanes::Words)Sums::load(rows[1]));
+  }
+  // The same for kVecs vectors of columns.
+  template <int kVecs>
+  static void load_columns(const Bf16* const (&rows)[2], Vec (&to)[kVecs]) {
+    if constexpr (kVecs % 2 == 1) {
+      to[0] = load_columns(rows);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < kVecs; i += 2) {
+        Shorts row[2];
+        __builtin_memcpy(&row[0], rows[0] + i * Lanes::kLanes, sizeof row[0]);
+        __builtin_memcpy(&row[1], rows[1] + i * Lanes::kLanes, sizeof row[1]);
+        to[i] = (Vec)__builtin_shufflevector(row[0], row[1], 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5,
+                                             37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44,
+                                             13, 45, 14, 46, 15, 47);
+        to[i + 1] = (Vec)__builtin_shufflevector(row[0], row[1], 16, 48, 17, 49, 18, 50, 19, 51, 20,
+                                                 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
+                                                 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+      }
+    }
   }
 
   static Number weights(const Weight* p) {
@@ -73,7 +94,6 @@ struct Pairs {
     __builtin_memcpy(columns[1], (const char*)&narrow + sizeof narrow / 2, sizeof narrow / 2);
   }
   static Vec interleave(__m512bh rows) {
-    typedef int16_t Shorts __attribute__((vector_size(64)));
     const auto r = (Shorts)rows;
     return (Vec)__builtin_shufflevector(r, r, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
                                         23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,

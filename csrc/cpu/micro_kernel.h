@@ -162,44 +162,6 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
   }
 }
 
-// The same for few rows or keys, which do not pay for the packing of the keys: each key is read
-// once, in place. q is [kRows][q_stride], in steps and with zeros behind D; row(i) is key i.
-template <class Operand, int kRows, int kStride, class Row>
-void dot_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
-                      int64_t q_stride, int64_t D, int keys, Row row, typename Operand::Real sign) {
-  using Element = typename Operand::Element;
-  using Lanes = typename Operand::Lanes;
-  using Sums = typename Operand::Sums;
-  constexpr int kLanes = Lanes::kLanes;
-  constexpr int kDims = kLanes * Operand::kDepth;
-  for (int first = 0; first < keys; first += kLanes) {
-    typename Sums::Vec parts[kRows][kLanes] = {};
-    for (int i = 0; i < kLanes && first + i < keys; ++i) {
-      const Element* key = row(first + i);
-      typename Sums::Vec sum[kRows] = {};
-      for (int64_t d = 0, step = 0; d < D; d += kDims, step += kLanes) {
-        const auto k = load_some_steps<Operand>(key + d, D - d);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          sum[r] = Operand::multiply_add(sum[r], Lanes::load(q + r * q_stride + step), k);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) parts[r][i] = sum[r];
-    }
-    for (int r = 0; r < kRows; ++r) {
-      Sums::transpose(parts[r]);
-      // In pairs: each product passes log2(kLanes) roundings here.
-#pragma GCC unroll 16
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < half; ++i) parts[r][i] += parts[r][i + half];
-      }
-      Sums::store(parts[r][0] * Sums::splat(sign), scores + r * kStride + first);
-    }
-  }
-}
-
 // sum[row] += sum over `steps` of p[row][step] * v[step]; see below.
 template <class Operand, int kStride, int kRows, int kVecs>
 [[gnu::always_inline]] inline void add_products(typename Operand::Sums::Vec (&sum)[kRows][kVecs],

@@ -26,6 +26,12 @@ struct Widened {
   static Vec load_steps(const Element* row) { return Lanes::load(row); }
   // One step along kDepth rows, for kLanes columns.
   static Vec load_columns(const Element* const (&rows)[1]) { return Lanes::load(rows[0]); }
+  // The same for kVecs vectors of columns.
+  template <int kVecs>
+  static void load_columns(const Element* const (&rows)[1], Vec (&to)[kVecs]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) to[i] = Lanes::load(rows[0] + i * Lanes::kLanes);
+  }
 
   static Number weights(const Weight* p) { return *p; }
   static void store_weights(Vec v, Weight* to) { Lanes::store(v, to); }

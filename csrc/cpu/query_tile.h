@@ -11,6 +11,7 @@
 
 #include "core/problem.h"
 #include "core/softmax_row.h"
+#include "cpu/split_keys.h"
 
 namespace online_attention {
 
@@ -42,7 +43,7 @@ struct QueryTile {
 
   // A kv head with no more query rows, or no more keys, has them multiplied in place: packing does
   // not pay. Its sums are also the more exact ones, as those of others are for so few.
-  static constexpr int kFewRows = 8, kFewKeys = 16;
+  static constexpr int kFewRows = 16, kFewKeys = 16;
   static bool multiplied_in_place(const Shape& s) {
     return s.S_q * s.group() <= kFewRows || s.S_kv <= kFewKeys;
   }
@@ -50,6 +51,7 @@ struct QueryTile {
   int rows = 0;
   bool in_place = false;       // by the lengths of the whole kv head alone
   const void* q[kMaxRows];     // [rows][D]
+  bool is_part = false;        // out and lse are those of a RowPart
   void* out[kMaxRows];         // [rows][D_v]
   void* lse[kMaxRows];         // [rows]
   KvRange visible[kMaxRows];   // the keys each row sees
@@ -72,6 +74,7 @@ struct QueryTile {
 struct TileKernel {
   int64_t (*scratch_bytes)(int64_t D, int64_t D_v);
   void (*attend)(const QueryTile& tile, std::byte* scratch);  // scratch: 64-byte aligned
+  void (*join)(const RowParts& parts);
 };
 
 namespace baseline {

@@ -4,6 +4,7 @@
 // huge, P depends on that.
 #pragma once
 
+#include "cpu/few_rows_kernel.h"
 #include "cpu/gradient_scratch.h"
 #include "cpu/row_block.h"
 #include "cpu/row_states.h"
@@ -95,9 +96,9 @@ class TileScores {
     const auto sign = static_cast<Real>(tile_.sign);
     if (tile_.in_place) {
       const auto row = [&](int i) { return key_row(panel + i); };
-      dot_queries_keys<Operand, kRows, kPanelKeys>(scores, memory_.q + block.row_begin * q_stride(),
-                                                   q_stride(), tile_.D,
-                                                   smaller(keys_ - panel, kPanelKeys), row, sign);
+      dot_queries_keys<Isa, Operand, kRows, kPanelKeys>(
+          scores, memory_.q + block.row_begin * q_stride(), q_stride(), tile_.D,
+          smaller(keys_ - panel, kPanelKeys), row, sign);
     } else {
       multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPanelKeys, kPart>(
           scores, memory_.q + block.row_begin * q_stride(), memory_.k + panel * memory_.D_steps,

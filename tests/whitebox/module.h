@@ -12,6 +12,7 @@ namespace py = pybind11;
 void bind_softmax_row(py::module_& module);
 void bind_mask(py::module_& module);
 void bind_problem(py::module_& module);
+void bind_split_keys(py::module_& module);
 void bind_dropout(py::module_& module);
 void bind_tile_plan(py::module_& module);
 void bind_backward_plan(py::module_& module);
