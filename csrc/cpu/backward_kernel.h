@@ -128,9 +128,12 @@ class TileBackward : TileScores<Isa, Element> {
     if (tile_.dk != nullptr) zero(memory_.dk, kTileKeys * memory_.D_stride);
     if (tile_.dv != nullptr) zero(memory_.dv, kTileKeys * memory_.D_v_stride);
     // The last block of keys may reach beyond the last panel.
-    if (keys_ == kTileKeys) return;
-    zero(memory_.p, Memory::kRowSteps * kStepStride);
-    zero(memory_.ds, Memory::kRowSteps * kStepStride);
+    const auto round_up = [&](int to) { return (keys_ + to - 1) / to * to; };
+    const int begin = round_up(kPanelKeys), end = round_up(kBlockRows);
+    for (int step = 0; step < Memory::kRowSteps && begin < end; ++step) {
+      zero(memory_.p + step * kStepStride + begin, end - begin);
+      zero(memory_.ds + step * kStepStride + begin, end - begin);
+    }
   }
 
   void take_rows(const QueryRows& rows) {

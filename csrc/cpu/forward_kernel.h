@@ -33,7 +33,7 @@ class TileForward {
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
       if constexpr (!kInPlace) forward.pack_keys(keys);
       forward.take_values(keys);
-      if constexpr (!kInPlace) forward.look_ahead(keys);
+      if constexpr (!kInPlace) forward.ahead_.begin(tile, forward.tile_after(keys), kTileKeys);
       forward.values_of_tile_ = Values::unknown;
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
@@ -113,18 +113,6 @@ class TileForward {
     }
   }
 
-  // While packed rows work on one tile, the keys and values of the next come nearer, a few at a
-  // time: a core drops what it has no buffer for.
-  void look_ahead(KvRange keys) {
-    const KvRange next = tile_after(keys);
-    const Block<1> first = {0, 1};
-    keys_ahead_ = rows_ahead(first, tile_.k, tile_.k_stride, tile_.D, next);
-    values_ahead_ = rows_ahead(first, tile_.v, tile_.v_stride, tile_.D_v, next);
-    const int panels = (tile_.rows + kBlockRows - 1) / kBlockRows * (kTileKeys / kPanelKeys);
-    keys_at_once_ = (kTileKeys + panels - 1) / panels;
-    values_at_once_ = (kTileKeys + tile_.rows - 1) / tile_.rows;
-  }
-
   // The values of the tile `keys`: where they lie, or packed.
   void take_values(KvRange keys) {
     if (!kInPlace || tile_.D_v % kLanes != 0) return pack_values(keys, keys);
@@ -185,8 +173,7 @@ class TileForward {
     }
     weigh_rows<Isa, Operand, kRows, kTileKeys>(softmax_, block.row_begin, scores, alpha, panels,
                                                factor_, [&] {
-                                                 if constexpr (!kInPlace)
-                                                   values_ahead_.fetch_more(values_at_once_);
+                                                 if constexpr (!kInPlace) ahead_.fetch_values();
                                                });
     for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
       drop(scores + i * kTileKeys, panels, block.row_begin + i, keys.begin);
@@ -200,11 +187,6 @@ class TileForward {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
     }
   }
-
-  // Of the keys of one tile, those that some row, and those that all rows of a block see.
-  struct Visibility {
-    KvRange by_some, by_all;
-  };
 
   template <int kRows>
   Visibility visibility(Block<kRows> block, KvRange keys) const {
@@ -253,7 +235,7 @@ class TileForward {
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
-      keys_ahead_.fetch_more(keys_at_once_);
+      ahead_.fetch_keys(kRows * kPanelKeys);
       const Number* panel = k_ + key * D_steps_;
       if (count - key <= kLanes) {
         multiply_queries_keys<Operand, kRows, 1, kPanelKeys, kTileKeys, kPart>(
@@ -405,9 +387,8 @@ class TileForward {
   Number* const packed_v_;     // [steps of a tile][out_stride_]
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
-  ValueRows<Element> values_lie_ = {};            // in the caller's memory; empty if v_ has them
-  RowsAhead<Element> keys_ahead_, values_ahead_;  // of the next tile
-  int keys_at_once_ = 0, values_at_once_ = 0;
+  ValueRows<Element> values_lie_ = {};  // in the caller's memory; empty if v_ has them
+  TileAhead<Element> ahead_;
   Values values_of_tile_ = Values::unknown;
   SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
 };

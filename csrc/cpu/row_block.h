@@ -1,12 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include "core/mask.h"
+
 namespace online_attention::cpu {
 
 // Rows [row_begin, row_begin + rows) of a tile, padded to kRows: what a micro-kernel takes at once.
 template <int kRows>
 struct RowBlock {
   int row_begin, rows;
+};
+
+// Of the keys of one tile, those that some row, and those that all rows of a block see.
+struct Visibility {
+  KvRange by_some, by_all;
 };
 
 template <int kRows, int kFewestRows, class Visit>

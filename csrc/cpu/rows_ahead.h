@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/query_tile.h"
+
 namespace online_attention::cpu {
 
 // Rows that are worked on next: one is asked of memory for each that is worked on now.
@@ -11,7 +13,6 @@ struct RowsAhead {
   const Element* first = nullptr;
   int64_t stride = 0, elements = 0;  // from one row to the next, and of a row
   int32_t count = 0;
-  int32_t next = 0;  // of fetch_more
 
   void fetch(int32_t row, int64_t begin, int64_t end) const {
     constexpr int kLine = 64 / static_cast<int>(sizeof(Element));
@@ -23,10 +24,41 @@ struct RowsAhead {
     }
   }
 
-  // The next few rows.
-  void fetch_more(int rows) {
-    for (int i = 0; i < rows && next < count; ++i, ++next) fetch(next, 0, elements);
+  // The next few rows, where `next` says how far that has come.
+  void fetch_some(int32_t rows, int32_t& next) const {
+    for (int32_t i = 0; i < rows && next < count; ++i, ++next) fetch(next, 0, elements);
   }
+};
+
+// While rows work on one tile, the keys and values of the next come nearer, a few at a time: a core
+// drops what it has no buffer for.
+template <class Element>
+class TileAhead {
+ public:
+  // `keys`, at most tile_keys of them, are next.
+  void begin(const QueryTile& tile, KvRange keys, int tile_keys) {
+    const auto rows = [&](const void* matrix, int64_t stride, int64_t elements) {
+      return RowsAhead<Element>{static_cast<const Element*>(matrix) + keys.begin * stride, stride,
+                                elements, keys.size()};
+    };
+    keys_ = rows(tile.k, tile.k_stride, tile.D);
+    values_ = rows(tile.v, tile.v_stride, tile.D_v);
+    pairs_a_key_ = tile.rows;
+    values_a_row_ = (tile_keys + tile.rows - 1) / tile.rows;
+    next_key_ = next_value_ = 0;
+  }
+
+  // Before so many pairs of the present tile are multiplied.
+  void fetch_keys(int pairs) {
+    keys_.fetch_some((pairs + pairs_a_key_ - 1) / pairs_a_key_, next_key_);
+  }
+  // Before one row is weighed.
+  void fetch_values() { values_.fetch_some(values_a_row_, next_value_); }
+
+ private:
+  RowsAhead<Element> keys_, values_;
+  int pairs_a_key_ = 1, values_a_row_ = 0;
+  int32_t next_key_ = 0, next_value_ = 0;
 };
 
 }  // namespace online_attention::cpu
