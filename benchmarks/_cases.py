@@ -45,6 +45,7 @@ class Case:
     d_v: int
     causal: bool
     bias: str = "none"  # a mask given as a tensor, one of BIASES
+    heads_first: bool = False  # in memory (B, H, S, D), as a cache of keys, not (B, S, H, D)
 
     @property
     def shape(self) -> str:
@@ -188,6 +189,25 @@ def cpu(device_type: str) -> list[Case]:
     ]
 
 
+def decode(device_type: str) -> list[Case]:
+    """Few queries against a cache of keys and values: one token, a group of heads, a draft."""
+    heads_and_lengths = {
+        (1, 8, 8, 1): (512, 4096, 16384),
+        (1, 32, 32, 1): (512, 4096, 16384),
+        (1, 32, 8, 1): (512, 4096, 16384),
+        (1, 8, 1, 1): (512, 4096, 16384),
+        (8, 32, 8, 1): (512, 4096),
+        (1, 32, 8, 4): (512, 4096),
+        (1, 8, 8, 16): (512, 4096),
+    }
+    return [
+        Case("decode", *heads, length, d, d, causal=False, heads_first=True)
+        for d in (64, 128)
+        for heads, lengths in heads_and_lengths.items()
+        for length in lengths
+    ]
+
+
 def host(device_type: str) -> list[Case]:
     """Calls so small that the time is the host's: argument checks, dispatch, allocation."""
     return [_square("host", 1, 4, 16, 64, causal) for causal in MASKS]
@@ -224,6 +244,7 @@ SUITES = {
         Suite("masks", masks, case_seconds=1.5),
         Suite("fp32", fp32, gpu_dtypes=("fp32",), cpu_dtypes=("fp32",)),
         Suite("cpu", cpu, gpu_dtypes=("fp32", "bf16")),
+        Suite("decode", decode, case_seconds=2.0),
         Suite("host", host, cpu_dtypes=("fp32",), measures_host_time=True),
     )
 }

@@ -82,13 +82,15 @@ def make_inputs(case: Case, dtype: str, device: torch.device, seed: int) -> Tens
     """Random normal q, k, v: laid out (B, S, H, D) in memory, passed as (B, H, S, D) views.
 
     This is how a model has them: a projection writes (B, S, H * D) and a transpose costs nothing.
+    A cache of keys and values has the heads first.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(length: int, heads: int, d: int) -> torch.Tensor:
         shape = (case.batch, length, heads, d)
         drawn = torch.randn(shape, generator=generator, device=device, dtype=TORCH_DTYPES[dtype])
-        return drawn.transpose(1, 2)
+        drawn = drawn.transpose(1, 2)
+        return drawn.contiguous() if case.heads_first else drawn
 
     return (
         draw(case.s_q, case.heads, case.d),

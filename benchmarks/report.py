@@ -54,6 +54,11 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
+def _is_decode(report: Report) -> bool:
+    """Whether every case has few queries: what counts is how fast keys and values are read."""
+    return all(row["case"]["family"] == "decode" for row in report["rows"])
+
+
 def _cell(row: Row | None, report: Report) -> str:
     """Ours, and in brackets its ratio to the fastest peer, bold from 1 on."""
     if row is None:
@@ -63,6 +68,8 @@ def _cell(row: Row | None, report: Report) -> str:
     ours = row["results"]["ours"]
     if report["settings"]["host_time"]:
         own = f"{ours['median_ms'] * 1e3:.1f}"
+    elif _is_decode(report):
+        own = _figure(ours["gbytes_per_s"])
     else:
         own = _figure(ours["tflops"])
     relative = peer_ratio(row, report["baselines"])
@@ -87,6 +94,8 @@ def _table(header: list[str], lines: list[list[str]]) -> list[str]:
 
 def _tables(report: Report) -> list[str]:
     """One table per family, or, where no family is a grid over the lengths, one for all."""
+    if _is_decode(report):
+        return _decode_table(report["rows"], report)
     families: dict[str, list[Row]] = {}
     for row in report["rows"]:
         families.setdefault(row["case"]["family"], []).append(row)
@@ -120,6 +129,24 @@ def _grid_table(rows: list[Row], report: Report) -> list[str]:
         at = {row["case"]["s_kv"]: row for row in members}
         cells = [_cell(at.get(length), report) for length in lengths]
         lines.append([*group[1:], *cells, _mean_text(members, report)])
+    return _table(header, lines)
+
+
+def _decode_table(rows: list[Row], report: Report) -> list[str]:
+    """A line per heads, queries and D, a column per length, and the mean of all."""
+    lengths = sorted({row["case"]["s_kv"] for row in rows})
+    header = ["B×H/H_kv×S_q", "D", *(f"S_kv {length}" for length in lengths), "geometric mean"]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        case = row["case"]
+        name = f"{case['batch']}×{case['heads']}/{case['heads_kv']}×{case['s_q']}"
+        groups.setdefault((name, str(case["d"])), []).append(row)
+    lines = []
+    for group, members in groups.items():
+        at = {row["case"]["s_kv"]: row for row in members}
+        cells = [_cell(at.get(length), report) for length in lengths]
+        lines.append([*group, *cells, _mean_text(members, report)])
+    lines.append(["all", "", *([""] * len(lengths)), _mean_text(rows, report)])
     return _table(header, lines)
 
 
@@ -173,6 +200,8 @@ def markdown(reports: list[Report]) -> str:
     parts = []
     for report in reports:
         unit = "Microseconds of host time" if report["settings"]["host_time"] else "TFLOP/s"
+        if _is_decode(report):
+            unit = "GB/s, each of q, k, v and out counted once,"
         peers = ", ".join(name for name in report["baselines"] if not name.startswith("ours"))
         parts.append(
             f"{_heading(report)}\n"

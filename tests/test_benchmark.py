@@ -303,6 +303,26 @@ def test_report_table(report_script, tmp_path, capsys):
     assert readme.read_text() == text
 
 
+def test_report_of_decoding_counts_bytes(report_script):
+    report = synthetic_report([(512, 1.0), (4096, 4.0)], families=("decode",))
+    for row in report["rows"]:
+        row["case"] |= {"batch": 1, "heads": 8, "heads_kv": 2, "s_q": 1}
+        row["results"]["ours"]["gbytes_per_s"] = 33.4
+    text = report_script.markdown([report | {"suite": "decode"}])
+    assert "GB/s, each of q, k, v and out counted once, of ours" in text
+    assert "| 1×8/2×1 | 64 | 33 (**2.00×**) | 33 (0.50×) | 1.00× |" in text
+    assert "| all |  |  |  | 1.00× |" in text
+
+
+def test_decoding_reads_a_cache_with_the_heads_first(cases, benchmarks_on_path):
+    from _contenders import make_inputs
+
+    case = cases.SUITES["decode"].cases("cpu")[0]
+    q, k, v = make_inputs(case, "fp32", torch.device("cpu"), 0)
+    assert all(x.is_contiguous() for x in (q, k, v))
+    assert k.shape == (case.batch, case.heads_kv, case.s_kv, case.d)
+
+
 def test_report_of_several_passes(report_script, tmp_path):
     forward = synthetic_report([(512, 1.0), (1024, 4.0)])
     backward = synthetic_report([(512, 1.0)], families=("grid", "llama_gqa"))

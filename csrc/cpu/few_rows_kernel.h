@@ -18,29 +18,7 @@ constexpr int vecs_beside_rows(int most) {
   return vecs;
 }
 
-// a and b folded once: of each 2 * kHalf lanes, the lower half holds a's two halves added, the
-// upper half b's.
-template <int kHalf, class Vec, int... kLane>
-Vec fold_two(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
-  constexpr int kLanes = sizeof...(kLane);
-  return __builtin_shufflevector(a, b, ((kLane & kHalf ? kLanes - kHalf : 0) + kLane)...) +
-         __builtin_shufflevector(a, b, ((kLane & kHalf ? kLanes : kHalf) + kLane)...);
-}
-
-// Leaves in v[0] the sums of the lanes, lane i that of v[i]: each product passes log2(kLanes)
-// roundings here.
-template <class Lanes, int kHalf = Lanes::kLanes / 2>
-void sum_each(typename Lanes::Vec (&v)[Lanes::kLanes]) {
-  if constexpr (kHalf > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kHalf; ++i) {
-      v[i] = fold_two<kHalf>(v[i], v[i + kHalf], typename Lanes::Lanes{});
-    }
-    sum_each<Lanes, kHalf / 2>(v);
-  }
-}
-
-// parts[row][at + i] := the products of the row with keys[i], for sum_each.
+// parts[row][at + i] := the products of the row with keys[i], to be folded.
 template <class Operand, int kRows, int kKeys>
 [[gnu::always_inline]] inline void dot_some_keys(
     typename Operand::Sums::Vec (&parts)[kRows][Operand::Lanes::kLanes], int at,
@@ -99,8 +77,9 @@ void dot_queries_keys(typename Operand::Real* scores, const typename Operand::Nu
       for (int row = 0; row < kRows; ++row) parts[row][i] = typename Sums::Vec{};
     }
     for (int row = 0; row < kRows; ++row) {
-      sum_each<Sums>(parts[row]);
-      Sums::store(parts[row][0] * Sums::splat(sign), scores + row * kStride + first);
+      // In pairs: each product passes log2(kLanes) roundings here.
+      const auto sums = Sums::sum_of_rows(parts[row]);
+      Sums::store(sums * Sums::splat(sign), scores + row * kStride + first);
     }
   }
 }
