@@ -11,6 +11,7 @@
 // The only place of the project where a build with CUDA kernels differs from one without.
 #if ONLINE_ATTENTION_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/hopper/backward.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/forward.h"
 #include "cuda/merge.h"
@@ -33,7 +34,7 @@ int64_t no_workspace(const Args&, const Device&) {
 
 constexpr Runner kRunners[] = {
 #if ONLINE_ATTENTION_WITH_CUDA
-    // sm_90a runs on compute capability 9.0 alone. No backward pass of its own.
+    // sm_90a runs on compute capability 9.0 alone.
     {.name = "cuda.hopper.wgmma",
      .device = DeviceKind::cuda,
      .arch_min = 90,
@@ -41,10 +42,11 @@ constexpr Runner kRunners[] = {
      .dtypes = kHalfTypes,
      .head_dim_max = cuda::hopper::kHeadDimMax,
      .forward = {cuda::hopper::forward_workspace_bytes, cuda::hopper::forward},
-     .backward = {cuda::portable::tensor_core_backward_workspace_bytes,
-                  cuda::portable::tensor_core_backward},
+     .backward = {cuda::hopper::backward_workspace_bytes, cuda::hopper::backward},
      .runs_forward = cuda::hopper::runs_forward,
-     .leaves = "a bias, dropout, fewer than 64 queries or rows off 16-byte boundaries"},
+     .runs_backward = cuda::hopper::runs_backward,
+     .leaves = "a bias, dropout, fewer than 64 queries of a group of heads or rows off 16-byte boundaries",
+     .leaves_backward = "one of these, or deterministic"},
     {.name = "cuda.portable.tensor_core",
      .device = DeviceKind::cuda,
      .arch_min = 80,
@@ -120,6 +122,19 @@ bool takes(const Runner& row, DType dtype, const Shape& shape, const Device& dev
   return row.device == device.kind && mismatch(row, dtype, shape, device.arch).empty();
 }
 
+// The first row that takes the problem and, as `runs` tells, this call of it.
+template <typename Args>
+const Runner& find_running(const Args& args, const Device& device,
+                           bool (*Runner::*runs)(const Args&, const Device&)) {
+  const Runner* last = nullptr;
+  for (const Runner& row : runners()) {
+    if (!takes(row, args.dtype, args.shape, device)) continue;
+    last = &row;
+    if (row.*runs == nullptr || (row.*runs)(args, device)) break;
+  }
+  return *last;
+}
+
 // Rows for another generation say nothing about a problem on this one.
 bool is_near(const Runner& row, const Device& device) {
   return row.device == device.kind && row.arch_min <= device.arch && device.arch <= row.arch_max;
@@ -167,13 +182,11 @@ const Runner* find(DType dtype, const Shape& shape, const Device& device) {
 }
 
 const Pass<ForwardArgs>& find_forward(const ForwardArgs& args, const Device& device) {
-  const Runner* last = nullptr;
-  for (const Runner& row : runners()) {
-    if (!takes(row, args.dtype, args.shape, device)) continue;
-    last = &row;
-    if (row.runs_forward == nullptr || row.runs_forward(args, device)) break;
-  }
-  return last->forward;
+  return find_running(args, device, &Runner::runs_forward).forward;
+}
+
+const Pass<BackwardArgs>& find_backward(const BackwardArgs& args, const Device& device) {
+  return find_running(args, device, &Runner::runs_backward).backward;
 }
 
 std::string explain(DType dtype, const Shape& shape, const Device& device) {
@@ -194,6 +207,9 @@ std::string explain(DType dtype, const Shape& shape, const Device& device) {
     if (chosen->leaves != nullptr) {
       sentence +=
           std::string(" Forward calls with ") + chosen->leaves + " run on " + chosen[1].name + ".";
+    }
+    if (chosen->leaves_backward != nullptr) {
+      sentence += std::string(" Backward calls with ") + chosen->leaves_backward + " run there too.";
     }
     return nearest == nullptr ? sentence : sentence + " " + clause(*nearest);
   }

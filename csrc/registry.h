@@ -33,10 +33,12 @@ struct Runner {
   int64_t head_dim_max;  // of both D and D_v; 0 = any
   Pass<ForwardArgs> forward;
   Pass<BackwardArgs> backward;
-  // Of the calls whose dtype and shape it takes, those whose forward pass it runs: the others go to
-  // the next row that takes them. nullptr: all.
+  // Of the calls whose dtype and shape it takes, those whose forward or backward pass it runs: the
+  // others go to the next row that takes them. nullptr: all.
   bool (*runs_forward)(const ForwardArgs&, const Device&) = nullptr;
-  const char* leaves = nullptr;  // what those others have, for explain
+  bool (*runs_backward)(const BackwardArgs&, const Device&) = nullptr;
+  const char* leaves = nullptr;           // what those others have, for explain
+  const char* leaves_backward = nullptr;  // likewise
 };
 
 struct RunnerTable {
@@ -64,9 +66,10 @@ Status describe_cuda_device(int index, Device& device);
 // The first row that takes the problem; nullptr if none does.
 const Runner* find(DType dtype, const Shape& shape, const Device& device);
 
-// The forward pass of the first row that takes the problem and runs this call of it. `find` knows
-// of one, and the last row for a device runs every call.
+// The pass of the first row that takes the problem and runs this call of it. `find` knows of one,
+// and the last row for a device runs every call.
 const Pass<ForwardArgs>& find_forward(const ForwardArgs& args, const Device& device);
+const Pass<BackwardArgs>& find_backward(const BackwardArgs& args, const Device& device);
 
 // One sentence: which row runs this problem, or which field of the nearest rows it fails.
 std::string explain(DType dtype, const Shape& shape, const Device& device);

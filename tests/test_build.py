@@ -167,15 +167,48 @@ def test_ptxas_has_no_warning(printed: dict[str, list[str]]):
     assert ptxas.warnings(printed) == []
 
 
-# wgmma instructions of a Hopper kernel, by head dim: three S = Q K^T of D / 16 each (the first of a
-# block, a step with masks, a step without) and three O += P V of 128 keys / 16. More of them means
-# that the compiler has copied the main loop, fewer that it is not there.
-HOPPER_PRODUCTS = {head_dim: 3 * (head_dim // 16) + 3 * (128 // 16) for head_dim in (64, 96, 128)}
+# wgmma instructions of a Hopper forward kernel: three S = Q K^T of D / 16 each (the first of a query
+# tile, a step with masks, a step without) and three O += P V of the keys of a tile / 16. More of them
+# means that the compiler has copied the main loop, fewer that it is not there. Tiles:
+# csrc/cuda/hopper/config.h.
+def forward_products(head_dim: int, keys: int) -> int:
+    return 3 * (head_dim // 16) + 3 * (keys // 16)
 
 
-def test_hopper_kernels_hold_their_products(printed: dict[str, list[str]]):
-    objects = [target for target in printed if "/hopper/forward_" in target]
-    assert len(objects) == 2 * len(HOPPER_PRODUCTS)
+HOPPER_FORWARD_PRODUCTS = {
+    "64": forward_products(64, 128) + forward_products(64, 128),
+    "96": forward_products(96, 128),
+    "128": forward_products(128, 128) + forward_products(128, 80),
+    "192_128": forward_products(192, 128),
+    "192": forward_products(192, 112),
+    "256": forward_products(256, 80),
+}
+
+
+# The same of a backward object, which holds a kernel without and one with masks. A copy of the step
+# has S, dP, dV, dK and dQ; dQ of 128 keys / 16 comes once more behind the last step. Queries of a
+# step and copies of it: csrc/cuda/hopper/backward_config.h.
+def backward_products(head_dim: int, queries: int, copies: int) -> int:
+    step = 2 * (head_dim // 16) + 2 * (queries // 16) + 128 // 16
+    return copies * step + 128 // 16
+
+
+HOPPER_BACKWARD_PRODUCTS = {
+    "64": backward_products(64, 128, 1) + backward_products(64, 128, 1),
+    "96": backward_products(96, 64, 1) + backward_products(96, 64, 2),
+    "128": backward_products(128, 64, 1) + backward_products(128, 64, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [("forward", HOPPER_FORWARD_PRODUCTS), ("backward", HOPPER_BACKWARD_PRODUCTS)],
+)
+def test_hopper_kernels_hold_their_products(
+    printed: dict[str, list[str]], name: str, products: dict[str, int]
+):
+    objects = [target for target in printed if re.search(rf"/hopper/{name}_b?f16_d", target)]
+    assert len(objects) == 2 * len(products)
     cuobjdump = ptxas.disassembler()
     if cuobjdump is None:
         pytest.skip("there is no cuobjdump here")
@@ -183,9 +216,9 @@ def test_hopper_kernels_hold_their_products(printed: dict[str, list[str]]):
         sass = subprocess.run(
             [cuobjdump, "-sass", BUILD / target], capture_output=True, text=True, check=True
         ).stdout
-        found = re.search(r"_d(\d+)\.cu", target)
+        found = re.search(r"_d(\w+)\.cu", target)
         assert found is not None
-        assert sass.count("HGMMA.64x") == HOPPER_PRODUCTS[int(found[1])], target
+        assert sass.count("HGMMA.64x") == products[found[1]], target
         assert "USETMAXREG" in sass
 
 

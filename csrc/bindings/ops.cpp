@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   check_same(lse_any, "lse", q_any, lse_dtype(problem.dtype), rows);
   if (dlse_any) check_same(*dlse_any, "dlse", q_any, lse_dtype(problem.dtype), rows);
   const Site site(q_any);
-  const Runner& runner = runner_of(problem, site.launch.device);
+  runner_of(problem, site.launch.device);  // or a sentence why there is none
 
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any),
                v = with_contiguous_rows(v_any), out = with_contiguous_rows(out_any),
@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (s.empty() || s.S_kv == 0) {
       for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
     } else {
-      run(runner.backward, args, site, q);
+      run(find_backward(args, site.launch.device), args, site, q);
     }
   }
   return {dq, dk, dv};

@@ -81,13 +81,16 @@ struct TilePlan {
   ONLINE_ATTENTION_HD KvRange keys(const Mask& mask, const TileCoord& at) const {
     KvRange range = mask.kv_range(query_begin(at.q_tile), query_end(at.q_tile));
     range.begin -= range.begin % tile_n;
-    if (splits > 1) {
-      const int64_t begin = int64_t{at.split} * keys_per_split;
-      const int64_t end = begin + keys_per_split;
-      if (begin >= range.end || end <= range.begin) return {0, 0};
-      if (range.begin < begin) range.begin = static_cast<int32_t>(begin);
-      if (range.end > end) range.end = static_cast<int32_t>(end);
-    }
+    return cut_to_split(range, at.split);
+  }
+
+  ONLINE_ATTENTION_HD KvRange cut_to_split(KvRange range, int32_t split) const {
+    if (splits == 1) return range;
+    const int64_t begin = int64_t{split} * keys_per_split;
+    const int64_t end = begin + keys_per_split;
+    if (begin >= range.end || end <= range.begin) return {0, 0};
+    if (range.begin < begin) range.begin = static_cast<int32_t>(begin);
+    if (range.end > end) range.end = static_cast<int32_t>(end);
     return range;
   }
 };

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Correctness and speed of configurations of the Hopper forward kernel, by themselves. Build:
 //   nvcc -std=c++20 -O3 -Icsrc -gencode arch=compute_90a,code=sm_90a -cudart static \
-//     lab/03_hopper_forward/forward.cu csrc/cuda/hopper/tensor_map.cu csrc/cuda/tile_plan.cpp
+//     lab/03_hopper_forward/forward.cu csrc/cuda/combine.cu csrc/cuda/tile_plan.cpp \
+//     csrc/cuda/hopper/forward_plan.cpp csrc/cuda/hopper/tensor_map.cu
 // Run: ./a.out check [cases]; ./a.out bench
 #include <cstdio>
 #include <cstdlib>
@@ -33,49 +34,42 @@ struct Variant {
   Status (*f16)(const ForwardArgs&, int);
 };
 
-uint32_t* taken() {
-  static uint32_t* counter = nullptr;
-  if (counter == nullptr) CHECK(cudaMalloc(&counter, 256));
-  return counter;
+// Enough for every case: the workspace is what the plan says.
+void* workspace() {
+  static void* memory = nullptr;
+  if (memory == nullptr) CHECK(cudaMalloc(&memory, size_t{256} << 20));
+  return memory;
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
+template <typename Element, int D, int DV, int N, int G, int S, int QS>
 __global__ void __launch_bounds__(128 * (G + 1), 1)
     lab_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
   forward_block<Element, config>(call, smem);
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
+template <typename Element, int D, int DV, int N, int G, int S, int QS>
 Status run(const ForwardArgs& args, int grid) {
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
   ForwardCall call;
-  const Status status = describe_call(args, config, call);
+  const Status status = describe_call(args, config, 132, call);
   if (status != kOk) return status;
-  call.taken = args.mask.is_banded() ? taken() : nullptr;
-  if (call.taken) CHECK(cudaMemsetAsync(taken(), 0, 4));
+  place_workspace(workspace(), call);
+  if (call.taken) CHECK(cudaMemsetAsync(call.taken, 0, 4));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(grid, call.plan.tiles()));
-  return launch(lab_kernel<Element, D, DV, N, G, S, QS, T>, blocks, config.threads(),
-                config.smem_bytes(), nullptr, call);
+  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS>, blocks, config.threads(),
+                                 config.smem_bytes(), nullptr, call);
+  if (launched != kOk || call.plan.splits == 1) return launched;
+  return combine(args, call.plan, call.partial, nullptr);
 }
 
-// What is built into the library.
-template <typename Element, int D>
-Status run_built(const ForwardArgs& args, int grid) {
-  Launch on;
-  on.device = {DeviceKind::cuda, 90, grid, 232448};
-  on.workspace = taken();
-  return launch_forward<Element, D>(args, on);
-}
-#define BUILT(D) {"built " #D, kForward<D>, 2, run_built<__nv_bfloat16, D>, run_built<__half, D>}
-
-#define VARIANT(causal, D, DV, N, G, S, QS, T)          \
-  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS " t" #T, \
-   {D, DV, N, G, S, QS, T},                             \
-   causal,                                              \
-   run<__nv_bfloat16, D, DV, N, G, S, QS, T>,           \
-   F16(D, DV, N, G, S, QS, T)}
+#define VARIANT(causal, D, DV, N, G, S, QS)     \
+  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS, \
+   {D, DV, N, G, S, QS},                        \
+   causal,                                      \
+   run<__nv_bfloat16, D, DV, N, G, S, QS>,      \
+   F16(D, DV, N, G, S, QS)}
 #ifdef WITH_F16
 #define F16(...) run<__half, __VA_ARGS__>
 #else
@@ -357,31 +351,47 @@ int bench(const char* only) {
   float* lse;
   CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
   const int lengths[] = {512, 1024, 2048, 4096, 8192, 16384};
+  constexpr int kRounds = 5;
+  constexpr int kCount = sizeof kVariants / sizeof kVariants[0];
+  // TFLOP/s of variant, mask and length. Variants take turns, because the clock falls with time.
+  std::vector<double> speeds[kCount][2][6];
+  for (int l = 0; l < 6; ++l) {
+    const int S = lengths[l];
+    for (int causal = 0; causal < 2; ++causal) {
+      for (int round = 0; round < kRounds; ++round) {
+        for (int v = 0; v < kCount; ++v) {
+          const Variant& variant = kVariants[v];
+          if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
+          const int D = variant.config.head_dim;
+          if (variant.config.value_dim != D || 2048 % D != 0) continue;
+          if (variant.causal != 2 && variant.causal != causal) continue;
+          const int64_t B = 16384 / S, H = 2048 / D;
+          ForwardArgs a;
+          a.dtype = DType::bf16;
+          a.shape = {B, H, H, S, S, D, D};
+          for (auto [view, p] : {std::pair{&a.q, 0}, {&a.k, 1}, {&a.v, 2}, {&a.out, 3}})
+            *view = {tensors[p], S * H * D, D, H * D};
+          a.lse = lse;
+          a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
+          a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
+          const double us = time_us(variant, a, flush, flush_bytes, S >= 8192 ? 5 : 11);
+          speeds[v][causal][l].push_back(4e-6 * B * H * double(S) * S * D / (causal ? 2 : 1) / us);
+        }
+      }
+    }
+  }
   std::printf("%-28s %-7s", "variant", "mask");
   for (int S : lengths) std::printf("%7d", S);
   std::printf("\n");
-  for (const Variant& variant : kVariants) {
-    if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
-    const int D = variant.config.head_dim;
-    if (variant.config.value_dim != D || D == 96) continue;
+  for (int v = 0; v < kCount; ++v) {
     for (int causal = 0; causal < 2; ++causal) {
-      if (variant.causal != 2 && variant.causal != causal) continue;
-      std::printf("%-28s %-7s", variant.name, causal ? "causal" : "full");
-      for (int S : lengths) {
-        const int64_t B = 16384 / S, H = 2048 / D;
-        ForwardArgs a;
-        a.dtype = DType::bf16;
-        a.shape = {B, H, H, S, S, D, D};
-        for (auto [view, p] : {std::pair{&a.q, 0}, {&a.k, 1}, {&a.v, 2}, {&a.out, 3}})
-          *view = {tensors[p], S * H * D, D, H * D};
-        a.lse = lse;
-        a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
-        a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
-        const double us = time_us(variant, a, flush, flush_bytes, S >= 8192 ? 15 : 30);
-        std::printf("%7.0f", 4e-6 * B * H * double(S) * S * D / (causal ? 2 : 1) / us);
+      if (speeds[v][causal][0].empty()) continue;
+      std::printf("%-28s %-7s", kVariants[v].name, causal ? "causal" : "full");
+      for (std::vector<double>& rounds : speeds[v][causal]) {
+        std::sort(rounds.begin(), rounds.end());
+        std::printf("%7.0f", rounds[kRounds / 2]);
       }
       std::printf("\n");
-      std::fflush(stdout);
     }
   }
   return 0;

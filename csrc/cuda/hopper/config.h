@@ -10,30 +10,25 @@ namespace online_attention::cuda::hopper {
 
 // What the producer tells the consumers of a query tile.
 struct Tile {
-  int32_t b, h;
-  int32_t q_begin;                 // the first row; -1: there is no further tile
-  int32_t kv_begin, kv_blocks;     // its key tiles, of tile_n keys from kv_begin on; one or more
+  int32_t b, h;                    // h: of the first head, where several are packed
+  int32_t row_begin;               // the first row (TilePlan); -1: there is no further tile
+  int32_t kv_begin, kv_blocks;     // its key tiles, of tile_n keys from kv_begin on
   int32_t plain_begin, plain_end;  // the keys that every row of the tile sees
-  int32_t reserved;
+  int32_t split;                   // of the keys; kv_blocks may be 0 where there are several
 };
 
-// Named barriers (ids of ptx::barrier_sync; 0 is the block's): whose turn it is to issue products,
-// a warpgroup by itself, and the inspectors.
-inline constexpr int kTurnBarrier = 1;   // + group
-inline constexpr int kGroupBarrier = 4;  // + group
-inline constexpr int kInspectorBarrier = 7;
+// Named barrier (id of ptx::barrier_sync; 0 is the block's) of the inspectors.
+inline constexpr int kInspectorBarrier = 1;
 
-inline constexpr int kQBoxRows = 64;    // of a box of Q: a warpgroup's rows
-inline constexpr int kOutBoxRows = 16;  // of a box of the output: a warp's rows
+inline constexpr int kQBoxRows = 64;  // of a box of Q: a warpgroup's rows
 
 struct ForwardConfig {
-  int head_dim = 0;         // D is padded up to this inside the kernel
-  int value_dim = 0;        // D_v likewise
-  int tile_n = 0;           // keys of a tile
-  int consumers = 0;        // warpgroups that compute, of 64 query rows each
-  int stages = 0;           // tiles of keys, and as many of values, in shared memory
-  int q_stages = 0;         // query tiles there: one is computed, one stored, one on its way
-  bool take_turns = false;  // consumers issue their products one after the other
+  int head_dim = 0;   // D is padded up to this inside the kernel
+  int value_dim = 0;  // D_v likewise
+  int tile_n = 0;     // keys of a tile
+  int consumers = 0;  // warpgroups that compute, of 64 query rows each
+  int stages = 0;     // tiles of keys, and as many of values, in shared memory
+  int q_stages = 0;   // query tiles there: one is computed, another may be on its way
 
   static constexpr int kColumns = 64;            // of a box: 128 bytes, what a swizzled row holds
   static constexpr int kRowBytes = 128;          // of such a box
@@ -55,12 +50,14 @@ struct ForwardConfig {
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const {
     return v_offset() + stages * v_bytes();
   }
+  // A Tile is read until its outputs are stored, longer than its queries.
+  ONLINE_ATTENTION_HD constexpr int tile_stages() const { return q_stages + 1; }
   ONLINE_ATTENTION_HD constexpr int barriers() const { return 2 * q_stages + 5 * stages; }
   ONLINE_ATTENTION_HD constexpr int tile_offset() const {
     return barrier_offset() + ceil_div(barriers() * 8, 64) * 64;
   }
   ONLINE_ATTENTION_HD constexpr int flag_offset() const {
-    return tile_offset() + q_stages * static_cast<int>(sizeof(Tile));
+    return tile_offset() + tile_stages() * static_cast<int>(sizeof(Tile));
   }
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const { return flag_offset() + stages * 4; }
 
@@ -72,24 +69,39 @@ struct ForwardConfig {
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = consumers * consumer_registers() + producer_registers();
-    // With two query tiles, one that sees a single key tile would wait for its own successor.
-    return smem_bytes() <= kSmemBytes && value_boxes() <= head_boxes() && tile_n % 16 == 0 &&
-           registers * 128 <= 65536 && (consumers == 2 || consumers == 3) && q_stages >= 3;
+    return smem_bytes() <= kSmemBytes && tile_n % 16 == 0 && registers * 128 <= 65536 &&
+           (consumers == 2 || consumers == 3);
   }
 };
 
-// Rows of kForward: what was measured against them stands in docs/hopper_forward.md.
-template <int kHeadDim>
+// By head dims and rows of a query tile. What was measured of them stands in
+// docs/hopper_forward.md.
+template <int kHeadDim, int kValueDim, int kRows>
 inline constexpr ForwardConfig kForward = {};
 template <>
-inline constexpr ForwardConfig kForward<64> = {
-    .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 3, .stages = 4, .q_stages = 3};
+inline constexpr ForwardConfig kForward<64, 64, 128> = {
+    .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 2, .stages = 4, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<96> = {
-    .head_dim = 96, .value_dim = 96, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 3};
+inline constexpr ForwardConfig kForward<64, 64, 192> = {
+    .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 3, .stages = 4, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<128> = {
-    .head_dim = 128, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 3};
-inline constexpr int64_t kHeadDimMax = 128;
+inline constexpr ForwardConfig kForward<96, 96, 128> = {
+    .head_dim = 96, .value_dim = 96, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};
+template <>
+inline constexpr ForwardConfig kForward<128, 128, 128> = {
+    .head_dim = 128, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};
+template <>
+inline constexpr ForwardConfig kForward<128, 128, 192> = {
+    .head_dim = 128, .value_dim = 128, .tile_n = 80, .consumers = 3, .stages = 3, .q_stages = 2};
+template <>
+inline constexpr ForwardConfig kForward<192, 128, 128> = {
+    .head_dim = 192, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 1};
+template <>
+inline constexpr ForwardConfig kForward<192, 192, 128> = {
+    .head_dim = 192, .value_dim = 192, .tile_n = 112, .consumers = 2, .stages = 2, .q_stages = 1};
+template <>
+inline constexpr ForwardConfig kForward<256, 256, 128> = {
+    .head_dim = 256, .value_dim = 256, .tile_n = 80, .consumers = 2, .stages = 2, .q_stages = 1};
+inline constexpr int64_t kHeadDimMax = 256;
 
 }  // namespace online_attention::cuda::hopper

@@ -10,248 +10,287 @@ namespace online_attention::cuda::hopper {
 template <typename Element, ForwardConfig kConfig>
 struct Consumer {
   using Map = SharedMap<kConfig>;
-  static constexpr int kBoxBytes = 64 * ForwardConfig::kRowBytes;  // of a group's rows
+  static constexpr bool kTight = kConfig.value_dim > 192;  // no register to spare
 
   const ForwardCall& call;
   const Map& smem;
-  int group;  // 0 .. consumers - 1
-  typename Map::QPlace q;
-  uint32_t tiles = 0;  // key tiles whose scores are done; the values of the last are still to come
+  int group;            // 0 .. consumers - 1
+  uint32_t opened = 0;  // query tiles before this one
+  uint32_t tiles = 0;   // key tiles whose scores are done; the values of the last are still to come
+  bool k_came = false;  // whether the keys of the next one are known to be there
   WarpgroupTile<Element, kConfig> rows;
-  float inverse_sum[2];    // of the finished query tile
-  int finished = -1;       // the stage of a query tile whose outputs are to be stored
-  int stored = -1;         // the stage of one whose store may still read shared memory
   bool nonfinite = false;  // some value of the query tile was, see inspect_values
 
-  // The last key tile whose scores were started, and whether it is the first of its query tile and
+  // The last key tile whose scores were started, whether it is the first of its query tile and
   // whether the mask cuts it.
-  int stage;  // of its query tile
-  bool first, cut;
   int32_t kv, kv_begin;
+  bool first, cut;
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
-  __device__ __forceinline__ void take_turn() const {
-    if constexpr (kConfig.take_turns) ptx::barrier_sync(kTurnBarrier + group, 256);
+
+  __device__ __forceinline__ int q_stage() const {
+    return static_cast<int>(opened % kConfig.q_stages);
   }
-  __device__ __forceinline__ void pass_turn() const {
-    if constexpr (kConfig.take_turns) {
-      const int next = group + 1 == kConfig.consumers ? 0 : group + 1;
-      ptx::barrier_arrive(kTurnBarrier + next, 256);
-    }
+  __device__ __forceinline__ const Tile& tile() const {
+    return smem.tile(static_cast<int>(opened % kConfig.tile_stages()));
   }
 
-  __device__ __forceinline__ uint32_t q_rows(int stage) const {
-    return smem.q(stage) + group * kConfig.q_rows_bytes();
-  }
   // The place of the i-th key tile, keys and values alike.
   __device__ __forceinline__ static int stage_of(uint32_t i) {
-    static_assert(kConfig.stages == 2 || kConfig.stages == 4);
     return static_cast<int>(i % kConfig.stages);
   }
   __device__ __forceinline__ static uint32_t phase_of(uint32_t i) { return i / kConfig.stages % 2; }
 
+  // Barriers are asked early and waited for, if need be, late: an answer takes a hundred cycles.
+  __device__ __forceinline__ bool keys_came() const {
+    return ptx::mbarrier_test_wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
+  }
+  __device__ __forceinline__ bool values_came() const {
+    return ptx::mbarrier_test_wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+  }
+  __device__ __forceinline__ void wait_values(bool came) const {
+    if (!came) wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+  }
+
   __device__ __forceinline__ void start_scores() {
     const int stage = stage_of(tiles);
-    wait(smem.k_full(stage), phase_of(tiles));
-    rows.start_scores(q_rows(q.stage), smem.k(stage));
+    if (!k_came) wait(smem.k_full(stage), phase_of(tiles));
+    rows.start_scores(smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
   }
+  // O += P V of the last key tile, whose values have come.
+  template <bool kPlain>
+  __device__ __forceinline__ void start_out() {
+    const int stage = stage_of(tiles - 1);
+    if (!kPlain && cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(stage) != 0;
+    rows.start_out(smem.v(stage), kPlain || !first);
+  }
+  // S has been computed: gives back the keys and, after the last of them, the queries.
   __device__ __forceinline__ void release_k() {
-    if (speaks()) ptx::mbarrier_arrive(smem.k_empty(stage_of(tiles)));
-  }
-  __device__ __forceinline__ void wait_values() {
-    wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+    if (!speaks()) return;
+    ptx::mbarrier_arrive(smem.k_empty(stage_of(tiles)));
+    if (kv == kv_begin) ptx::mbarrier_arrive(smem.q_empty(q_stage()));
   }
   __device__ __forceinline__ void release_v() {
     if (speaks()) ptx::mbarrier_arrive(smem.v_empty(stage_of(tiles - 1)));
   }
-  // Gives the Q tile back whose part of shared memory the last store has read.
-  __device__ __forceinline__ void release_q() {
-    if (stored < 0) return;
-    if (speaks()) {
-      ptx::tma_store_wait_read<0>();
-      ptx::mbarrier_arrive(smem.q_empty(stored));
-    }
-    stored = -1;
+
+  // What comes before (E6). `kPlain`: no mask cuts the tile, it is not the first of its query tile,
+  // and the scale is positive.
+  __device__ __forceinline__ void prepare_scores() {
+    if (first) rows.reset_softmax();
+    if (call.sign != 1) rows.scale_scores(call.sign);
+    if (cut) rows.hide(call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
   }
 
-  // The last key tile of the query tile at q; false: there is no further query tile.
-  __device__ __forceinline__ bool open_tile() {
-    wait(smem.q_full(q.stage), q.phase);
-    const Tile& tile = smem.tile(q.stage);
-    if (tile.q_begin < 0) return false;
-    kv_begin = tile.kv_begin;
-    kv = kv_begin + (tile.kv_blocks - 1) * kConfig.tile_n;
-    return true;
-  }
-  // Key tiles come from the last to the first.
-  __device__ __forceinline__ bool advance(bool& first) {
-    first = kv == kv_begin;
-    if (first) {
-      q.advance();
-      return open_tile();
-    }
-    kv -= kConfig.tile_n;
-    return true;
-  }
-
-  // (E6) `kPlain`: no mask cuts the tile, it is not the first of its query tile, and the scale is
-  // positive.
-  template <bool kPlain>
-  __device__ __forceinline__ bool raise_maxima() {
-    if constexpr (!kPlain) {
-      if (first) rows.reset_softmax();
-      if (call.sign != 1) rows.scale_scores(call.sign);
-      if (cut) rows.hide(call.args.mask, smem.tile(q.stage).q_begin + 64 * group, kv);
-    }
-    return rows.raise_maxima(call.scale_log2);
-  }
-
-  // S = Q K^T of the next key tile runs with O += P V of the last, and the softmax of the next
-  // under the latter. Query tiles follow each other without a break: where the next key tile opens
-  // one, the outputs of the one before are stored under its second S = Q K^T.
+  // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter.
+  // The softmax takes the tile's columns in two halves: sums and rounding of the first run under
+  // the exponentials of the second.
   //
   // The branches in the softmax stand where they do because ptxas moves no instruction across one.
   // Without them it adds each probability to its sum as soon as it has issued the exponential, and
   // waits for that one's latency 64 times; and it lets most exponentials wait for O.
   template <bool kPlain>
-  __device__ __forceinline__ void step(bool opens) {
-    take_turn();
+  __device__ __forceinline__ void step() {
     start_scores();
-    if constexpr (kPlain) {
-      rows.start_out(smem.v(stage_of(tiles - 1)), true);
-    } else {
-      if (finished >= 0) store();
-      if (cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(stage_of(tiles - 1)) != 0;
-      rows.start_out(smem.v(stage_of(tiles - 1)), !first);
-    }
-    pass_turn();
+    start_out<kPlain>();
+    const bool v_came = values_came();
     ptx::wgmma_wait<1>();
     ptx::held(rows.scores);
     release_k();
     if constexpr (!kPlain) {
-      first = opens;
-      cut = is_cut<kConfig>(smem.tile(q.stage), kv);
-      if (first) finish_rows(stage);
+      first = false;
+      cut = is_cut<kConfig>(tile(), kv);
+      prepare_scores();
     }
-    const bool raised = raise_maxima<kPlain>();
+    const bool raised = rows.raise_maxima(call.scale_log2);
+    rows.subtract_maxima();
     rows.template weigh<0>();
     ptx::held(rows.scores);
-    wait_values();  // a branch
+    wait_values(v_came);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
     release_v();
+    ++tiles;
+    k_came = keys_came();
     rows.template weigh<1>();
     rows.template absorb<0>();
     ptx::held(rows.scores);
     ptx::held(rows.p);
-    if (raised && (kPlain || !first)) rows.rescale(rows.alpha);  // a branch
+    if (raised) rows.rescale(rows.alpha);  // a branch
     rows.template absorb<1>();
-    if constexpr (!kPlain) {
-      if (first) {
-        finished = stage;
-        stage = q.stage;
-      }
-      release_q();
-    }
-    ++tiles;
   }
 
-  __device__ __forceinline__ void run() {
-    if (group == kConfig.consumers - 1) pass_turn();  // the first turn is group 0's
-    if (!open_tile()) return;
-    stage = q.stage;
+  // The first key behind those that the warpgroup's rows see.
+  __device__ __forceinline__ int32_t seen_end(const Tile& tile) const {
+    const Mask& mask = call.args.mask;
+    if (mask.diagonal_max == Mask::kUnbounded) return mask.s_kv;
+    const int32_t q_last = call.plan.query_of(tile.row_begin + 64 * group + 63);
+    return static_cast<int32_t>(
+        min(max(int64_t{q_last} + mask.diagonal_max + 1, int64_t{0}), int64_t{mask.s_kv}));
+  }
+
+  // Key tiles that none of the warpgroup's rows sees, as long as another is left.
+  __device__ __forceinline__ void skip_tiles(int32_t seen_end) {
+    while (kv >= seen_end && kv != kv_begin) {
+      const int stage = stage_of(tiles);
+      wait(smem.k_full(stage), phase_of(tiles));
+      if (speaks()) ptx::mbarrier_arrive(smem.k_empty(stage));
+      wait(smem.v_full(stage), phase_of(tiles));
+      if (speaks()) ptx::mbarrier_arrive(smem.v_empty(stage));
+      ++tiles;
+      k_came = false;
+      kv -= kConfig.tile_n;
+    }
+  }
+
+  // The first key tile of a query tile, with no product of this warpgroup beside it.
+  __device__ __forceinline__ void begin_rows() {
     first = true;
-    cut = is_cut<kConfig>(smem.tile(q.stage), kv);
-    take_turn();
+    cut = is_cut<kConfig>(tile(), kv);
     start_scores();
-    pass_turn();
+    const bool v_came = values_came();
     ptx::wgmma_wait<0>();
     ptx::held(rows.scores);
     release_k();
-    raise_maxima<false>();
+    prepare_scores();
+    rows.raise_maxima(call.scale_log2);
+    rows.subtract_maxima();
     rows.template weigh<0>();
     rows.template weigh<1>();
     rows.template absorb<0>();
     rows.template absorb<1>();
-    wait_values();
+    wait_values(v_came);
     ++tiles;
-    bool opens;
-    while (advance(opens)) {
-      step<false>(opens);
-      if (first || cut || call.sign != 1) continue;
-      const int32_t plain_end = max(kv_begin, smem.tile(q.stage).plain_begin) + kConfig.tile_n;
+    k_came = keys_came();
+  }
+
+  __device__ __forceinline__ int32_t plain_end() const {
+    return max(kv_begin, tile().plain_begin) + kConfig.tile_n;
+  }
+
+  __device__ __forceinline__ void run_rows() {
+    kv_begin = tile().kv_begin;
+    kv = kv_begin + (tile().kv_blocks - 1) * kConfig.tile_n;
+    skip_tiles(seen_end(tile()));
+    begin_rows();
+    while (kv != kv_begin) {
+      kv -= kConfig.tile_n;
+      step<false>();
+      if (cut || call.sign != 1) continue;
+      // From one that no mask cuts on, down to the first key that all rows see.
+      const int32_t end = kTight ? 0 : plain_end();
 #pragma unroll 1
-      while (kv >= plain_end) {
+      while (kv >= (kTight ? plain_end() : end)) {
         kv -= kConfig.tile_n;
-        step<true>(false);
+        step<true>();
       }
     }
-    if (finished >= 0) store();
-    if (cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(stage_of(tiles - 1)) != 0;
-    rows.start_out(smem.v(stage_of(tiles - 1)), !first);
-    finish_rows(stage);
+    start_out<false>();
+    rows.sum_quads();
+    finish_states(tile());
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
-    finished = stage;
-    store();
-    if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the store
+    release_v();
   }
 
-  // The sums are complete but for the quad: lse, and what the outputs are to be multiplied by.
-  __device__ __forceinline__ void finish_rows(int stage) {
-    const ForwardArgs& args = call.args;
-    const Tile& tile = smem.tile(stage);
+  // A split with no key that the query tile sees.
+  __device__ __forceinline__ void pass_rows() {
+    if (speaks()) ptx::mbarrier_arrive(smem.q_empty(q_stage()));
+    rows.reset_softmax();
+#pragma unroll
+    for (float& x : rows.out) x = 0;
+    finish_states(tile());
+  }
+
+  __device__ __forceinline__ void run() {
+    for (;; ++opened) {
+      wait(smem.q_full(q_stage()), opened / kConfig.q_stages % 2);
+      if (tile().row_begin < 0) return;
+      if (tile().kv_blocks > 0) {
+        run_rows();
+      } else {
+        pass_rows();
+      }
+      store(tile());
+    }
+  }
+
+  // Where a row of the query tile goes.
+  struct RowPlace {
+    int32_t h, q_idx;
+    int64_t row;  // of [B, H, S_q]
+    bool exists;
+  };
+  __device__ __forceinline__ RowPlace place(const Tile& tile, int in_group) const {
+    const TilePlan& plan = call.plan;
+    const Shape& shape = call.args.shape;
+    const int32_t row = tile.row_begin + 64 * group + in_group;
+    const int32_t q_idx = plan.query_of(row), h = tile.h + row - q_idx * plan.pack;
+    return {h, q_idx, (int64_t{tile.b} * shape.H + h) * shape.S_q + q_idx, q_idx < call.last_query};
+  }
+
+  // The rows' lse, or what combine needs, and what the outputs are to be multiplied by, in alpha.
+  __device__ __forceinline__ void finish_states(const Tile& tile) {
+    const bool whole = call.plan.splits == 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      SoftmaxRow<float>& row = rows.softmax[h];
-      row.l = quad_sum(row.l);
-      inverse_sum[h] = row.inverse_sum();  // (E9)
-      const int32_t q_idx = tile.q_begin + 64 * group + rows.row(h);
-      if (threadIdx.x % 4u == 0 && q_idx < args.shape.S_q) {
-        const int64_t head = int64_t{tile.b} * args.shape.H + tile.h;
-        static_cast<float*>(args.lse)[head * args.shape.S_q + q_idx] = row.lse();  // (E10)
+      const SoftmaxRow<float>& row = rows.softmax[h];
+      rows.alpha[h] = whole ? row.inverse_sum() : 1;  // (E9)
+      const RowPlace at = place(tile, rows.row(h));
+      if (!at.exists || rows.lane() % 4 != 0) continue;
+      if (whole) {
+        static_cast<float*>(call.args.lse)[at.row] = row.lse();  // (E10)
+      } else {
+        call.partial.states[tile.split * call.partial.rows + at.row] = row;
       }
     }
   }
 
-  // Stores the finished tile through this group's part of its Q tile, which nobody reads any more.
-  __device__ __forceinline__ void store() {
-    const Tile& tile = smem.tile(finished);
-    rows.rescale(inverse_sum);
-    ptx::barrier_sync(kGroupBarrier + group, 128);  // all four warps are done with Q
-    const uint32_t target = q_rows(finished) + 16 * rows.warp() * ForwardConfig::kRowBytes;
-    rows.write_out(target, kBoxBytes);
-    const int32_t q_idx = tile.q_begin + 64 * group + 16 * rows.warp();
-    if (nonfinite) add_nonfinite(tile, q_idx, target);
-    nonfinite = false;
-    ptx::fence_async_proxy();
-    __syncwarp();
-    if (speaks()) {
-#pragma unroll
-      for (int c = 0; c < kConfig.value_boxes(); ++c) {
-        ptx::tma_store(call.out.map, target + c * kBoxBytes, c * ForwardConfig::kColumns, q_idx,
-                       tile.h * call.out.step_h, tile.b * call.out.step_b);
-      }
-      ptx::tma_store_commit();
+  __device__ __forceinline__ void store(const Tile& tile) {
+    const ForwardArgs& args = call.args;
+    const SplitBuffers<float>& partial = call.partial;
+    const int64_t columns = partial.padded_columns(args.shape);
+    const auto D_v = static_cast<int>(args.shape.D_v);
+    const RowPlace places[2] = {place(tile, rows.row(0)), place(tile, rows.row(1))};
+    if (call.plan.splits == 1) {
+      const auto out = [&](const RowPlace& at) {
+        return args.out.row<Element>(tile.b, at.h, at.q_idx);
+      };
+      rows.rescale(rows.alpha);
+      rows.write_rows({places[0].exists ? out(places[0]) : nullptr,
+                       places[1].exists ? out(places[1]) : nullptr},
+                      D_v);
+      if (nonfinite) add_nonfinite<Element>(tile, out);
+    } else {  // before normalisation
+      const auto out = [&](const RowPlace& at) {
+        return partial.out + (tile.split * partial.rows + at.row) * columns;
+      };
+      rows.write_sums({places[0].exists ? out(places[0]) : nullptr,
+                       places[1].exists ? out(places[1]) : nullptr},
+                      D_v);
+      if (nonfinite) add_nonfinite<float>(tile, out);
     }
-    stored = finished;
-    finished = -1;
+    nonfinite = false;
   }
 
   // Adds the Inf and NaN elements of values that the mask cuts, which the product has seen as
-  // zeros, to the warp's rows that see their keys, at `target` in shared memory. Exact weights are
-  // positive, so the sum is what the weighted one would be, whenever it is taken.
-  __device__ __forceinline__ void add_nonfinite(const Tile& tile, int32_t q_idx, uint32_t target) {
+  // zeros, to the warp's rows that see their keys, which it has just written to out(place). Exact
+  // weights are positive, so the sum is what the weighted one would be, whenever it is taken.
+  template <typename Out, typename RowOf>
+  __device__ __forceinline__ void add_nonfinite(const Tile& tile, const RowOf& out) const {
     const ForwardArgs& args = call.args;
     __syncwarp();
 #pragma unroll 1
     for (int i = rows.lane(); i < 16 * args.shape.D_v; i += 32) {
-      const int row = i % 16, column = i / 16;
-      const KvRange seen = args.mask.kv_range(q_idx + row, q_idx + row + 1);
+      const int column = i / 16;
+      const RowPlace at = place(tile, 16 * rows.warp() + i % 16);
+      if (!at.exists) continue;
+      const KvRange seen =
+          call.plan.cut_to_split(args.mask.kv_range(at.q_idx, at.q_idx + 1), tile.split);
       const Element* value =
-          args.v.row<const Element>(tile.b, tile.h / call.plan.group, seen.begin) + column;
+          args.v.row<const Element>(tile.b, at.h / call.plan.group, seen.begin) + column;
       float sum = 0;
 #pragma unroll 1
       for (int32_t kv_idx = seen.begin; kv_idx < seen.end; ++kv_idx, value += args.v.stride_s) {
@@ -259,11 +298,8 @@ struct Consumer {
         if (!isfinite(x)) sum += x;
       }
       if (sum == 0) continue;
-      const int chunk = column / 8 % 8 ^ row % 8;
-      const uint32_t address = target + column / 64 * kBoxBytes + row * ForwardConfig::kRowBytes +
-                               chunk * 16 + column % 8 * 2;
-      sum += static_cast<float>(ptx::load_shared_element<Element>(address));  // may be NaN already
-      ptx::store_shared_element(address, static_cast<Element>(sum));
+      Out& x = out(at)[column];
+      x = static_cast<Out>(sum + static_cast<float>(x));  // may be NaN already
     }
   }
 };

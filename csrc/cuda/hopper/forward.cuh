@@ -9,18 +9,18 @@
 //   1 ..     consumers: scores, softmax and outputs of their own rows, in registers (Consumer).
 //
 // Shared memory: q_stages query tiles, stages tiles of keys, stages of values, each in boxes of 64
-// columns (128 bytes a row, swizzled); barriers; a Tile for each query tile. Outputs leave through
-// the query tile they belong to.
+// columns (128 bytes a row, swizzled); barriers; a Tile for each query tile and one more, because
+// outputs are stored after the queries have been given back.
 //
 // Barriers (mbarrier, one for each stage):
 //   q_full     loader, and its bytes     -> consumers, inspectors: the query tile and its Tile
-//   q_empty    every consumer warp after its outputs were read, every inspector -> loader
+//   q_empty    every consumer warp after its last S = Q K^T, every inspector -> loader
 //   k_full     loader, and its bytes     -> consumers
 //   k_empty    every consumer warp, after its S = Q K^T -> loader
 //   v_full     loader, and its bytes; for values that a mask cuts the inspectors -> consumers
 //   v_landed   loader, and its bytes; only for those     -> inspectors
 //   v_empty    every consumer warp, after its O += P V   -> loader
-// Named: kTurnBarrier, kGroupBarrier, kInspectorBarrier (config.h).
+// Named: kInspectorBarrier (config.h).
 //
 // Registers, of 168 a thread at the start with two consumers (128 with three): 232 (160) a
 // consumer, of which S takes tile_n / 2, P tile_n / 4 and O value_dim / 2; 40 (32) a producer.
@@ -40,7 +40,6 @@ __device__ __forceinline__ void forward_block(const ForwardCall& call, unsigned 
     ptx::prefetch_tensor_map(call.q.map);
     ptx::prefetch_tensor_map(call.k.map);
     ptx::prefetch_tensor_map(call.v.map);
-    ptx::prefetch_tensor_map(call.out.map);
   }
   __syncthreads();
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128u), 0);

@@ -2,5 +2,9 @@
 #include "cuda/hopper/forward_launch.cuh"
 
 template online_attention::Status
-online_attention::cuda::hopper::launch_forward<__nv_bfloat16, 128>(const ForwardArgs&,
-                                                                   const Launch&);
+online_attention::cuda::hopper::launch_forward<__nv_bfloat16, 128, 128, 128>(const ForwardArgs&,
+                                                                             const Launch&);
+
+template online_attention::Status
+online_attention::cuda::hopper::launch_forward<__nv_bfloat16, 128, 128, 192>(const ForwardArgs&,
+                                                                             const Launch&);

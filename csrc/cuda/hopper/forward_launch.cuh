@@ -4,72 +4,59 @@
 
 #include <algorithm>
 
+#include "cuda/combine.h"
 #include "cuda/hopper/forward.cuh"
 #include "cuda/hopper/forward_launch.h"
+#include "cuda/hopper/forward_plan.h"
 #include "cuda/hopper/tensor_map.h"
 #include "cuda/launch.cuh"
 
 namespace online_attention::cuda::hopper {
 
 // A kernel's own template arguments must be types and integers, hence not a ForwardConfig.
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kForward<kHeadDim>.threads(), 1)
+template <typename Element, int kHeadDim, int kValueDim, int kRows>
+__global__ void __launch_bounds__(kForward<kHeadDim, kValueDim, kRows>.threads(), 1)
     hopper_forward_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr ForwardConfig kConfig = kForward<kHeadDim>;
+  constexpr ForwardConfig kConfig = kForward<kHeadDim, kValueDim, kRows>;
   forward_block<Element, kConfig>(call, smem);
 }
 
-// One query tile of one head after the other, in the order of TilePlan::locate; rows that see no
-// key are left out as far as they fill tiles.
-inline void plan_call(const ForwardArgs& args, const ForwardConfig& config, ForwardCall& call) {
-  const TileShape tile = {.m = config.tile_m(),
-                          .n = config.tile_n,
-                          .column_blocks = 1,
-                          .blocks_per_sm = 1,
-                          .packs = false,
-                          .splits = false};
-  call.plan = plan_tiles(args, tile, 0);
-  const QRange seeing = args.mask.q_range(0, args.mask.s_kv, call.plan.rows);
-  call.first_row = seeing.begin;
-  call.last_row = seeing.begin + seeing.size();
-  call.plan.q_tiles = ceil_div(seeing.size(), config.tile_m());
-}
-
-// Fills in a call but `taken`.
+// Fills in a call but what lies in the workspace.
 inline Status describe_call(const ForwardArgs& args, const ForwardConfig& config,
-                            ForwardCall& call) {
+                            int multiprocessors, ForwardCall& call) {
   const Shape& s = args.shape;
-  plan_call(args, config, call);
+  const ForwardPlan plan = plan_forward(args, config, multiprocessors);
+  call.plan = plan.tiles;
+  call.first_query = plan.first_query;
+  call.last_query = plan.last_query;
   call.args = args;
   call.sign = static_cast<float>(args.scale.sign);
   call.scale_log2 = static_cast<float>(args.scale.log2);
-  const struct {
-    const View& view;
-    TensorSizes sizes;
-    int box_rows;
-    TensorBox& box;
-  } tensors[] = {{args.q, {s.B, s.H, s.S_q, s.D}, kQBoxRows, call.q},
-                 {args.k, {s.B, s.H_kv, s.S_kv, s.D}, config.tile_n, call.k},
-                 {args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, config.tile_n, call.v},
-                 {args.out, {s.B, s.H, s.S_q, s.D_v}, kOutBoxRows, call.out}};
-  for (const auto& tensor : tensors) {
-    const Status status =
-        describe(tensor.view, tensor.sizes, args.dtype, tensor.box_rows, tensor.box);
-    if (status != kOk) return status;
-  }
-  return kOk;
+  const Status status = describe_packed(args.q, {s.B, s.H, s.S_q, s.D}, args.dtype, kQBoxRows,
+                                        call.plan.pack, call.q);
+  if (status != kOk) return status;
+  const Status k_status =
+      describe(args.k, {s.B, s.H_kv, s.S_kv, s.D}, args.dtype, config.tile_n, call.k);
+  if (k_status != kOk) return k_status;
+  return describe(args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, args.dtype, config.tile_n, call.v);
 }
 
-template <typename Element, int kHeadDim>
+// Fills in the rest.
+inline void place_workspace(void* workspace, ForwardCall& call) {
+  call.taken = ForwardPlan::counts(call.args) ? static_cast<uint32_t*>(workspace) : nullptr;
+  void* behind = static_cast<char*>(workspace) + ForwardPlan::kCounterBytes;
+  call.partial = SplitBuffers<float>::in(behind, call.plan, call.args.shape);
+}
+
+template <typename Element, int kHeadDim, int kValueDim, int kRows>
 Status launch_forward(const ForwardArgs& args, const Launch& on) {
-  constexpr ForwardConfig kConfig = kForward<kHeadDim>;
+  constexpr ForwardConfig kConfig = kForward<kHeadDim, kValueDim, kRows>;
   ForwardCall call;
-  const Status status = describe_call(args, kConfig, call);
+  const Status status = describe_call(args, kConfig, on.device.multiprocessors, call);
   if (status != kOk) return status;
-  call.taken = nullptr;
-  if (args.mask.is_banded()) {  // tiles differ in length
-    call.taken = static_cast<uint32_t*>(on.workspace);
+  place_workspace(on.workspace, call);
+  if (call.taken != nullptr) {
     const cudaError_t error =
         cudaMemsetAsync(call.taken, 0, sizeof(*call.taken), static_cast<cudaStream_t>(on.stream));
     if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -78,8 +65,10 @@ Status launch_forward(const ForwardArgs& args, const Launch& on) {
   if (tiles > TilePlan::kMaxTiles)
     return "the call has more than 2^31 query tiles: split its batch";
   const int64_t blocks = std::clamp<int64_t>(tiles, 1, on.device.multiprocessors);
-  return launch(hopper_forward_kernel<Element, kHeadDim>, blocks, kConfig.threads(),
-                kConfig.smem_bytes(), on.stream, call);
+  const Status launched = launch(hopper_forward_kernel<Element, kHeadDim, kValueDim, kRows>, blocks,
+                                 kConfig.threads(), kConfig.smem_bytes(), on.stream, call);
+  if (launched != kOk || call.plan.splits == 1) return launched;
+  return combine(args, call.plan, call.partial, on.stream);
 }
 
 }  // namespace online_attention::cuda::hopper

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One compiled kernel: an element type and a head-dim bucket. Each is instantiated in a .cu of its
+// One compiled kernel: an element type and a row of kForward. Each is instantiated in a .cu of its
 // own.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace online_attention::cuda::hopper {
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kValueDim, int kRows>
 Status launch_forward(const ForwardArgs& args, const Launch& launch);
 
 }  // namespace online_attention::cuda::hopper

@@ -32,14 +32,23 @@ __device__ __forceinline__ KvRange seen_by_all(const Mask& mask, int32_t q_begin
 
 template <ForwardConfig kConfig>
 __device__ __forceinline__ Tile tile_at(const ForwardCall& call, uint32_t index) {
-  const TileCoord at = call.plan.locate(index);
-  const int32_t q_begin = call.first_row + at.q_tile * kConfig.tile_m();
-  const int32_t q_end = min(q_begin + kConfig.tile_m(), call.last_row);
+  const TilePlan& plan = call.plan;
+  const TileCoord at = plan.locate(index);
+  const int32_t row_begin = call.first_query * plan.pack + at.q_tile * kConfig.tile_m();
+  const int32_t row_end = min(row_begin + kConfig.tile_m(), call.last_query * plan.pack);
+  const int32_t q_begin = plan.query_of(row_begin), q_end = plan.query_of(row_end - 1) + 1;
   KvRange keys = call.args.mask.kv_range(q_begin, q_end);
   keys.begin -= keys.begin % kConfig.tile_n;
+  keys = plan.cut_to_split(keys, at.split);
   const KvRange plain = seen_by_all(call.args.mask, q_begin, q_end);
-  return {at.b,        at.h,      q_begin, keys.begin, ceil_div(keys.size(), kConfig.tile_n),
-          plain.begin, plain.end, 0};
+  return {.b = at.b,
+          .h = at.h,
+          .row_begin = row_begin,
+          .kv_begin = keys.begin,
+          .kv_blocks = ceil_div(keys.size(), kConfig.tile_n),
+          .plain_begin = plain.begin,
+          .plain_end = plain.end,
+          .split = at.split};
 }
 
 // Whether some row of the tile does not see some key of the key tile at `kv`.
@@ -62,19 +71,24 @@ struct Loader {
   const ForwardCall& call;
   const Map& smem;
   typename Map::QPlace q;
+  typename Map::TilePlace opened;
   typename Map::KvPlace k, v;
 
   __device__ __forceinline__ void load_q(const Tile& tile) {
     const uint32_t full = smem.q_full(q.stage);
     const TensorBox& box = call.q;
+    // A box has 64 rows: 64 / pack queries of pack heads each.
+    const TilePlan& plan = call.plan;
+    const int32_t q_idx = plan.query_of(tile.row_begin), rows_to_queries = 64 / plan.pack;
+    const int32_t head = tile.h / plan.pack;
     ptx::mbarrier_arrive_expect(full, kConfig.q_bytes());
 #pragma unroll
     for (int group = 0; group < kConfig.consumers; ++group) {
 #pragma unroll
       for (int c = 0; c < kConfig.head_boxes(); ++c) {
         const uint32_t target = smem.q(q.stage) + group * kConfig.q_rows_bytes() + c * 64 * 128;
-        ptx::tma_load(target, box.map, full, c * kColumns, tile.q_begin + 64 * group,
-                      tile.h * box.step_h, tile.b * box.step_b);
+        ptx::tma_load(target, box.map, full, c * kColumns, 0, q_idx + group * rows_to_queries,
+                      head * box.step_h, tile.b * box.step_b);
       }
     }
   }
@@ -104,28 +118,56 @@ struct Loader {
     v.advance();
   }
 
+  // Where there is room for two query tiles, the queries of the next one come while one is
+  // computed; otherwise after its last keys and the first of the next.
+  static constexpr bool kLooksAhead = kConfig.q_stages > 1;
+
+  // Starts the copies of the next query tile, or tells that there is none.
+  __device__ __forceinline__ void open_tile(uint32_t index, uint32_t tiles) {
+    Tile tile;
+    tile.row_begin = -1;
+    if (index < tiles) tile = tile_at<kConfig>(call, index);
+    if (!kLooksAhead && index < tiles) load_first_k(tile);
+    wait(smem.q_empty(q.stage), q.phase ^ 1);
+    smem.tile(opened.stage) = tile;
+    opened.advance();
+    if (index < tiles) {
+      load_q(tile);
+    } else {
+      ptx::mbarrier_arrive(smem.q_full(q.stage));
+    }
+    q.advance();
+  }
+
+  __device__ __forceinline__ void load_first_k(const Tile& tile) {
+    const int32_t last = tile.kv_blocks - 1;
+    if (last >= 0) load_k(tile, tile.h / call.plan.group, tile.kv_begin + last * kConfig.tile_n);
+  }
+
   // One thread. Keys come one tile before their values, in the order in which they are needed.
   __device__ __forceinline__ void run() {
     const auto tiles = static_cast<uint32_t>(call.plan.tiles());
-    for (uint32_t index = blockIdx.x;;) {
-      wait(smem.q_empty(q.stage), q.phase ^ 1);
-      Tile& tile = smem.tile(q.stage);
-      if (index >= tiles) {
-        tile.q_begin = -1;
-        ptx::mbarrier_arrive(smem.q_full(q.stage));
-        return;
-      }
-      tile = tile_at<kConfig>(call, index);
-      load_q(tile);
-      q.advance();
-      index = next_index(call, index);  // early: the answer takes a while
-      const int32_t h_kv = tile.h / call.plan.group, blocks = tile.kv_blocks;
+    // With how many key tiles still to load the next query tile is chosen and opened. Where whoever
+    // is free takes it, not earlier than it must be; the answer takes a while.
+    const int32_t take_at = call.taken == nullptr ? INT32_MAX : 3;
+    const int32_t open_at = call.taken == nullptr ? INT32_MAX : 1;
+    uint32_t index = blockIdx.x;
+    open_tile(index, tiles);
+    for (typename Map::TilePlace t;; t.advance()) {
+      const Tile& tile = smem.tile(t.stage);
+      if (tile.row_begin < 0) return;
+      const int32_t h_kv = tile.h / call.plan.group, last = tile.kv_blocks - 1;
+      const int32_t second = max(last - 1, -1);
+      if constexpr (kLooksAhead) load_first_k(tile);
 #pragma unroll 1
-      for (int32_t block = blocks - 1; block >= -1; --block) {
+      for (int32_t block = second; block >= -1; --block) {
         const int32_t kv = tile.kv_begin + block * kConfig.tile_n;
         if (block >= 0) load_k(tile, h_kv, kv);
-        if (block < blocks - 1) load_v(tile, h_kv, kv + kConfig.tile_n);
+        if (block < last) load_v(tile, h_kv, kv + kConfig.tile_n);
+        if (block == min(second, take_at)) index = next_index(call, index);
+        if (kLooksAhead && block == min(second, open_at)) open_tile(index, tiles);
       }
+      if constexpr (!kLooksAhead) open_tile(index, tiles);
     }
   }
 };
@@ -134,13 +176,13 @@ struct Loader {
 template <typename Element>
 __device__ __forceinline__ void fill_empty_rows(const ForwardCall& call, int thread) {
   const Shape& shape = call.args.shape;
-  const int64_t behind = shape.S_q - call.last_row, rows = call.first_row + behind;
+  const int64_t behind = shape.S_q - call.last_query, rows = call.first_query + behind;
   const int64_t size = rows * shape.B * shape.H;
   constexpr int kThreads = kInspectors * 32;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + thread; i < size;
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t head = i / rows, r = i % rows;
-    const int64_t q_idx = r < call.first_row ? r : r + call.last_row - call.first_row;
+    const int64_t q_idx = r < call.first_query ? r : r + call.last_query - call.first_query;
     Element* out = call.args.out.row<Element>(head / shape.H, head % shape.H, q_idx);
     for (int64_t d = 0; d < shape.D_v; ++d) out[d] = static_cast<Element>(0.0f);
     static_cast<float*>(call.args.lse)[head * shape.S_q + q_idx] = -kInfinity<float>;
@@ -194,13 +236,14 @@ __device__ __forceinline__ void inspect_values(const ForwardCall& call,
   const uint32_t lane = threadIdx.x % 32u;
   fill_empty_rows<Element>(call, warp * 32 + lane);
   typename Map::QPlace q;
+  typename Map::TilePlace t;
   typename Map::KvPlace v;
   uint32_t landed_phases = 0;  // one bit for each stage
-  for (;; q.advance()) {
+  for (;; q.advance(), t.advance()) {
     wait(smem.q_full(q.stage), q.phase);
-    const Tile tile = smem.tile(q.stage);
+    const Tile tile = smem.tile(t.stage);
     __syncwarp();
-    if (tile.q_begin < 0) return;
+    if (tile.row_begin < 0) return;
     if (lane == 0) ptx::mbarrier_arrive(smem.q_empty(q.stage));
     for (int32_t block = tile.kv_blocks - 1; block >= 0; --block, v.advance()) {
       if (!is_inspected<kConfig>(call, tile, tile.kv_begin + block * kConfig.tile_n)) continue;

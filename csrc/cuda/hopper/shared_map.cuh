@@ -36,6 +36,7 @@ struct SharedMap {
   static_assert(kConfig.fits());
   using KvPlace = Place<kConfig.stages>;
   using QPlace = Place<kConfig.q_stages>;
+  using TilePlace = Place<kConfig.tile_stages()>;  // of which only `stage` is used
 
   uint32_t base;  // a multiple of 1024
   unsigned char* generic;

@@ -16,4 +16,9 @@ struct TensorSizes {
 Status describe(const View& view, const TensorSizes& sizes, DType dtype, int box_rows,
                 TensorBox& box);
 
+// The same with `pack` heads side by side, [B, H / pack, S, pack, D]: a box has box_rows / pack
+// queries of `pack` heads each, in this order of rows.
+Status describe_packed(const View& view, const TensorSizes& sizes, DType dtype, int box_rows,
+                       int pack, TensorBox& box);
+
 }  // namespace online_attention::cuda::hopper

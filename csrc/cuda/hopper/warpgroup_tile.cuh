@@ -14,10 +14,9 @@
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/config.h"
 #include "cuda/ptx/special.cuh"
-#include "cuda/ptx/stmatrix.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma_rs.cuh"
 #include "cuda/ptx/wgmma_ss.cuh"
+#include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::hopper {
 
@@ -28,6 +27,22 @@ __device__ __forceinline__ uint64_t smem_descriptor(uint32_t address, uint32_t b
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightRows | (uint64_t{box_bytes >> 4} << 16) | (address >> 4);
+}
+
+// Word i of lane t of a quad goes to word t of its lane i.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+  const uint32_t t = ptx::thread_index();
+#pragma unroll
+  for (uint32_t step = 1; step < 4; step *= 2) {
+    const bool upper = (t & step) != 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      uint32_t &low = words[i], &high = words[i + step];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, step);
+      (upper ? low : high) = got;
+    }
+  }
 }
 
 template <typename Element, ForwardConfig kConfig>
@@ -88,28 +103,36 @@ struct WarpgroupTile {
   }
 
   // Hides what the mask hides: those scores become -inf, whatever they were.
-  __device__ __forceinline__ void hide(const Mask& mask, int32_t q_begin, int32_t kv) {
+  // `row_begin` is the warpgroup's first row.
+  __device__ __forceinline__ void hide(const Mask& mask, const TilePlan& plan, int32_t row_begin,
+                                       int32_t kv) {
     const int32_t kv_lane = kv + lane() % 4 * 2;
+    // The columns that the whole warp sees end where its first row's do, or its last one sees none.
+    const int32_t first_q = plan.query_of(row_begin + 16 * warp());
+    const int32_t last_q = plan.query_of(row_begin + 16 * warp() + 15);
+    const int32_t seen_by_all =
+        min(mask.kv_range(first_q, first_q + 1).end, mask.kv_range(last_q, last_q + 1).end) - kv;
+    int32_t begin[2], end[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int32_t q_idx = q_begin + row(h);
+      const int32_t q_idx = plan.query_of(row_begin + row(h));
       const KvRange seen = mask.kv_range(q_idx, q_idx + 1);
-      const int32_t begin = seen.begin - kv_lane, end = seen.end - kv_lane;
+      begin[h] = seen.begin - kv_lane;
+      end[h] = seen.end - kv_lane;
+    }
+    constexpr int kStep = 16;  // columns
 #pragma unroll
-      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+    for (int column = 0; column < kConfig.tile_n; column += kStep) {
+      if (seen_by_all >= column + kStep) continue;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (8 * n + j >= end) scores[4 * n + 2 * h + j] = -kInfinity<float>;
-        }
+      for (int i = column / 2; i < (column + kStep) / 2; ++i) {
+        if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) scores[i] = -kInfinity<float>;
       }
-      if (!__any_sync(0xffffffffu, begin > -8)) continue;  // begin + 2 * lane > 0 for some lane
+    }
+    if (!__any_sync(0xffffffffu, max(begin[0], begin[1]) > -8)) return;  // begin > 0 for some lane
 #pragma unroll
-      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (8 * n + j < begin) scores[4 * n + 2 * h + j] = -kInfinity<float>;
-        }
-      }
+    for (int i = 0; i < kScores; ++i) {
+      if (i / 4 * 8 + i % 2 < begin[i / 2 % 2]) scores[i] = -kInfinity<float>;
     }
   }
 
@@ -125,7 +148,7 @@ struct WarpgroupTile {
   // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
   // to the new ones, by alpha: rarely after the first tiles.
   __device__ __forceinline__ bool raise_maxima(float scale_log2) {
-    float tile_max[2];
+    float tile_max[2];  // of the thread's own columns: lanes ask each other only where it matters
     bool beyond = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -135,7 +158,7 @@ struct WarpgroupTile {
         even = max_of(even, scores[4 * n + 2 * h]);
         odd = max_of(odd, scores[4 * n + 2 * h + 1]);
       }
-      tile_max[h] = quad_max(max_of(even, odd));
+      tile_max[h] = max_of(even, odd);
       beyond |= tile_max[h] * scale_log2 - softmax[h].m > kSlack;
     }
     const bool raised = __any_sync(0xffffffffu, beyond || huge);
@@ -143,7 +166,7 @@ struct WarpgroupTile {
     if (raised) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        alpha[h] = softmax[h].raise_lazily(tile_max[h] * scale_log2, kSlack);
+        alpha[h] = softmax[h].raise_lazily(quad_max(tile_max[h]) * scale_log2, kSlack);
         softmax[h].absorb(alpha[h], 0);
       }
       huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
@@ -163,13 +186,16 @@ struct WarpgroupTile {
   template <int kHalf>
   static constexpr int kEnd = kHalf == 0 ? kMiddle : kScores;
 
-  // (E7) The scores of one half become probabilities.
+  // (E7) The scores become exponents, and those of one half probabilities.
+  __device__ __forceinline__ void subtract_maxima() {
+    const float base[2] = {softmax[0].base(), softmax[1].base()};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) scores[i] = fmaf(scores[i], factor, -base[i / 2 % 2]);
+  }
   template <int kHalf>
   __device__ __forceinline__ void weigh() {
 #pragma unroll
-    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) {
-      scores[i] = softmax[i / 2 % 2].weight(scores[i] * factor);
-    }
+    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) scores[i] = exp2_of(scores[i]);
   }
   // (E8) for the sums, which stay spread over the quad, and P of one half, rounded: not while a
   // product reads the last one.
@@ -186,25 +212,51 @@ struct WarpgroupTile {
     }
   }
 
+  // The sums of whole rows, after the last tile.
+  __device__ __forceinline__ void sum_quads() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax[h].l = quad_sum(softmax[h].l);
+  }
+
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < kOuts; ++i) out[i] *= factor[i / 2 % 2];
   }
 
-  // Writes the warp's 16 rows of the output, rounded, to its boxes of shared memory; `rows` is
-  // where the first box has them, `box_bytes` the distance to the next box.
-  __device__ __forceinline__ void write_out(uint32_t rows, uint32_t box_bytes) const {
-    const int at = lane(), in_matrix = at % 8;
-    const uint32_t target = rows + (at / 8 % 2 * 8 + in_matrix) * ForwardConfig::kRowBytes;
+  // Writes the thread's two rows of the output, rounded, to out[h] where that is not null, columns
+  // [0, columns): a multiple of 8, on 16-byte boundaries.
+  __device__ __forceinline__ void write_rows(Element* const (&to)[2], int columns) const {
+    const int t = lane() % 4;
 #pragma unroll
-    for (int n = 0; n < kConfig.value_dim / 8; n += 2) {
-      uint32_t words[4];
+    for (int n = 0; n < kConfig.value_dim / 8; n += 4) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = pack_pair<Element>(out[4 * n + 2 * i], out[4 * n + 2 * i + 1]);
+      for (int h = 0; h < 2; ++h) {
+        uint32_t words[4];  // of columns 8 (n + i) + 2 t; then those of 8 (n + t) + 2 i
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          words[i] = pack_pair<Element>(out[4 * (n + i) + 2 * h], out[4 * (n + i) + 2 * h + 1]);
+        }
+        transpose_quad(words);
+        const int column = 8 * (n + t);
+        if (to[h] != nullptr && column < columns) {
+          *reinterpret_cast<uint4*>(to[h] + column) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+        }
       }
-      const int chunk = (n % 8 + at / 16) ^ in_matrix;
-      ptx::stmatrix_x4(target + n / 8 * box_bytes + chunk * 16, words);
+    }
+  }
+
+  // The same in fp32, as they are.
+  __device__ __forceinline__ void write_sums(float* const (&to)[2], int columns) const {
+#pragma unroll
+    for (int n = 0; n < kConfig.value_dim / 8; ++n) {
+      const int column = 8 * n + lane() % 4 * 2;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (to[h] == nullptr || column >= columns) continue;
+        *reinterpret_cast<float2*>(to[h] + column) =
+            make_float2(out[4 * n + 2 * h], out[4 * n + 2 * h + 1]);
+      }
     }
   }
 };

@@ -32,6 +32,19 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
                : "memory");
 }
 
+// mbarrier.test_wait.parity.shared::cta.b64 (PTX 7.1, sm_80): whether the phase of this parity has
+// ended. With acquire semantics.
+__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
 // mbarrier.try_wait.parity.shared::cta.b64 (PTX 7.8, sm_90): whether the phase of this parity has
 // ended, after waiting for it for a while. With acquire semantics.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {

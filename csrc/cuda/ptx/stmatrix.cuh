@@ -15,4 +15,12 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r
                : "memory");
 }
 
+// stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 (PTX 7.8, sm_90). As above, but each matrix is
+// stored transposed: lane 4r + c holds elements r of rows 2c, 2c + 1.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 }  // namespace online_attention::cuda::ptx

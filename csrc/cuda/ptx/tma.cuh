@@ -27,6 +27,18 @@ __device__ __forceinline__ void tma_load(uint32_t shared_dst, const CUtensorMap&
       : "memory");
 }
 
+// cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes (PTX 8.0,
+// sm_90).
+__device__ __forceinline__ void tma_load(uint32_t shared_dst, const CUtensorMap& map,
+                                         uint32_t barrier, int32_t c0, int32_t c1, int32_t c2,
+                                         int32_t c3, int32_t c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_dst),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 // cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group (PTX 8.0, sm_90). What lies outside
 // the tensor is not written. Needs fence_async_proxy by whoever wrote the shared memory.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t shared_src, int32_t c0,

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The tile shapes of the Hopper backward kernel and its map of shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "core/hd.h"
+
+namespace online_attention::cuda::hopper {
+
+// What a block works on: tile_n keys of one key and value head.
+struct KeyTile {
+  int32_t b, h_kv;
+  int32_t kv_begin;
+  int32_t q_tile_begin, q_tile_end;  // the query tiles that see some of its keys
+  int32_t q_tile_first;              // the one to begin with
+  int32_t plain_begin, plain_end;    // the queries that see all of them
+  int32_t steps;  // query tiles, of all heads of the group; -1: there is no further key tile
+};
+
+// Named barriers (ids of ptx::barrier_sync).
+inline constexpr int kConsumersBarrier = 1;
+
+inline constexpr int kGradientBoxRows = 16;  // of a box of dK or dV: a warp's rows
+
+struct BackwardConfig {
+  int head_dim = 0;  // D and D_v are padded up to this inside the kernel
+  int tile_m = 0;    // queries of a step
+  bool masked = false;       // whether the call may have a mask besides the lengths
+  bool split_steps = false;  // steps that the mask cuts have code of their own
+  // dV starts before dS is computed; costs tile_m / 4 registers.
+  bool early_values = false;
+
+  static constexpr int kGroups = 2;  // warpgroups that compute, of 64 keys each
+  static constexpr int kTileN = 64 * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kStages = 2;    // query tiles in shared memory, of Q, dO and dS alike
+  static constexpr int kColumns = 64;  // of a box: 128 bytes, what a swizzled row holds
+  static constexpr int kRowBytes = 128;
+  static constexpr int kSmemBytes = 227 * 1024;  // what a block may have
+  // Registers of a thread after the warpgroups have settled.
+  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+
+  ONLINE_ATTENTION_HD constexpr int boxes() const { return ceil_div(head_dim, kColumns); }
+  // A warpgroup computes dQ^T for 64 columns and this many queries: all of them, or its half where
+  // the head has only 64 columns.
+  ONLINE_ATTENTION_HD constexpr int dq_queries() const {
+    return boxes() == 1 ? tile_m / kGroups : tile_m;
+  }
+  // fp32 sums of dQ for one query tile.
+  ONLINE_ATTENTION_HD constexpr int dq_floats() const { return tile_m * boxes() * kColumns; }
+
+  // Bytes of a tile.
+  ONLINE_ATTENTION_HD constexpr int kv_bytes() const { return boxes() * kTileN * kRowBytes; }
+  ONLINE_ATTENTION_HD constexpr int q_box_bytes() const { return tile_m * kRowBytes; }
+  ONLINE_ATTENTION_HD constexpr int q_bytes() const { return boxes() * q_box_bytes(); }
+  ONLINE_ATTENTION_HD constexpr int ds_bytes() const { return kGroups * q_box_bytes(); }
+  // What a warp adds to dQ in a step.
+  ONLINE_ATTENTION_HD constexpr int dq_warp_bytes() const { return dq_queries() * 16 * 4; }
+  // A warp's share of all dS.
+  ONLINE_ATTENTION_HD constexpr int ds_warp_bytes() const {
+    return kStages * ds_bytes() / (4 * kGroups);
+  }
+  ONLINE_ATTENTION_HD constexpr int terms_bytes() const { return tile_m * 4; }
+
+  // Offsets: K, V, Q, dO, dS, dQ, the terms of the query rows (lse, delta), marks of the keys,
+  // barriers of 8 bytes each, KeyTiles.
+  ONLINE_ATTENTION_HD constexpr int v_offset() const { return kv_bytes(); }
+  ONLINE_ATTENTION_HD constexpr int q_offset() const { return 2 * kv_bytes(); }
+  ONLINE_ATTENTION_HD constexpr int dout_offset() const { return q_offset() + kStages * q_bytes(); }
+  ONLINE_ATTENTION_HD constexpr int ds_offset() const {
+    return dout_offset() + kStages * q_bytes();
+  }
+  ONLINE_ATTENTION_HD constexpr int dq_offset() const { return ds_offset() + kStages * ds_bytes(); }
+  ONLINE_ATTENTION_HD constexpr int terms_offset() const {
+    return dq_offset() + 4 * kGroups * dq_warp_bytes();
+  }
+  ONLINE_ATTENTION_HD constexpr int marks_offset() const {
+    return terms_offset() + 2 * kStages * terms_bytes();
+  }
+  ONLINE_ATTENTION_HD constexpr int barrier_offset() const { return marks_offset() + kTileN * 4; }
+  static constexpr int kTiles = 4;  // one is stored, one computed, one on its way
+  static constexpr int kBarriers = 5 + 6 * kStages;
+  ONLINE_ATTENTION_HD constexpr int tile_offset() const { return barrier_offset() + (kBarriers + 1) * 8; }
+  ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
+    return tile_offset() + kTiles * static_cast<int>(sizeof(KeyTile));
+  }
+
+  ONLINE_ATTENTION_HD constexpr bool fits() const {
+    const int registers = kGroups * kConsumerRegisters + kProducerRegisters;
+    // dK and dV leave through the places of dS and dQ, 16 rows of each warp.
+    const int rows_bytes = boxes() * 16 * kRowBytes;
+    return ds_warp_bytes() >= rows_bytes && dq_warp_bytes() >= rows_bytes &&
+           ds_warp_bytes() % 1024 == 0 && dq_warp_bytes() % 1024 == 0 && smem_bytes() <= kSmemBytes && tile_m % 16 == 0 && head_dim % 16 == 0 &&
+           dq_queries() % 16 == 0 && (masked || !split_steps) && boxes() <= kGroups && registers * 128 <= 65536;
+  }
+
+  // Where the terms of the rows of a tile lie, so that a thread reads those of its columns of S^T
+  // in 16-byte pieces: among 16 rows, 8e + 2t + j stands at 4t + 2e + j.
+  ONLINE_ATTENTION_HD static constexpr int term_place(int row) {
+    return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2;
+  }
+};
+
+// An element of the sums of dQ of a query tile. They lie as the threads hold them: [warp of both
+// groups][8 queries][lane][4].
+struct DqPlace {
+  int query, column;
+};
+ONLINE_ATTENTION_HD constexpr DqPlace dq_place(const BackwardConfig& config, int index) {
+  const int e = index % 4, lane = index / 4 % 32, rest = index / 128;
+  const int n = rest % (config.dq_queries() / 8), warp = rest / (config.dq_queries() / 8);
+  const int group = warp / 4;
+  const int query = 8 * n + lane % 4 * 2 + e % 2, column = 16 * (warp % 4) + lane / 4 + e / 2 * 8;
+  return config.boxes() == 1 ? DqPlace{query + group * config.dq_queries(), column}
+                             : DqPlace{query, column + 64 * group};
+}
+
+// Rows of kBackward, for calls without and with a mask: what was measured against them stands in
+// docs/hopper_backward.md.
+template <int kHeadDim, bool kMasked>
+inline constexpr BackwardConfig kBackward = {};
+template <>
+inline constexpr BackwardConfig kBackward<64, false> = {.head_dim = 64, .tile_m = 128};
+template <>
+inline constexpr BackwardConfig kBackward<64, true> = {
+    .head_dim = 64, .tile_m = 128, .masked = true};
+template <>
+inline constexpr BackwardConfig kBackward<96, false> = {
+    .head_dim = 96, .tile_m = 64, .early_values = true};
+template <>
+inline constexpr BackwardConfig kBackward<96, true> = {
+    .head_dim = 96, .tile_m = 64, .masked = true, .split_steps = true, .early_values = true};
+template <>
+inline constexpr BackwardConfig kBackward<128, false> = {
+    .head_dim = 128, .tile_m = 64, .early_values = true};
+template <>
+inline constexpr BackwardConfig kBackward<128, true> = {
+    .head_dim = 128, .tile_m = 64, .masked = true, .split_steps = true};
+inline constexpr int64_t kBackwardHeadDimMax = 128;
+
+}  // namespace online_attention::cuda::hopper

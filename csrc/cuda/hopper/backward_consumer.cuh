@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A consumer warpgroup of the backward: the steps over the query tiles, dK and dV at the end.
+#pragma once
+
+#include "cuda/hopper/backward_loader.cuh"
+#include "cuda/hopper/backward_tile.cuh"
+#include "cuda/hopper/producer.cuh"
+#include "cuda/ptx/barrier.cuh"
+
+namespace online_attention::cuda::hopper {
+
+// What is known of the steps that a copy of their code runs: no mask cuts them, it cuts all, or each
+// has to be asked.
+enum class Steps { plain, cut, either };
+
+template <typename Element, BackwardConfig kConfig>
+struct BackwardConsumer {
+  using Map = BackwardMap<kConfig>;
+  using Tile = BackwardTile<Element, kConfig>;
+  static constexpr int kThreads = 128 * BackwardConfig::kGroups;
+
+  const BackwardCall& call;
+  const Map& smem;
+  int group;  // 0 or 1
+  Tile keys;
+  QueryStep step;
+  uint32_t index = 0;    // of the step, over all key tiles
+  uint32_t tiles = 0;    // key tiles that are done
+  bool first;            // whether it is the first step of its key tile
+  bool marked = false;   // whether some key of the block held Inf or NaN
+  float* dq_target;      // this warp's sums of the last step's dQ
+
+  __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
+  __device__ __forceinline__ static int thread() {  // of both consumers'
+    return static_cast<int>(ptx::thread_index()) - 128;
+  }
+  __device__ __forceinline__ const KeyTile& tile() const { return smem.tile(tiles); }
+  __device__ __forceinline__ static void wait_for_consumers() {
+    ptx::barrier_sync(kConsumersBarrier, kThreads);
+  }
+  __device__ __forceinline__ static int stage_of(uint32_t i) { return static_cast<int>(i % 2); }
+  __device__ __forceinline__ static uint32_t phase_of(uint32_t i) { return i / 2 % 2; }
+  __device__ __forceinline__ static void release(uint32_t barrier) {
+    if (speaks()) ptx::mbarrier_arrive(barrier);
+  }
+  // The group's rows of K or V.
+  __device__ __forceinline__ uint32_t rows_of(uint32_t tile) const {
+    return tile + group * 64 * BackwardConfig::kRowBytes;
+  }
+
+  // What is hidden does not exist (E24), yet 0 * NaN is NaN: under a mask, Inf and NaN must leave
+  // the tiles that dS and P multiply. Keys of the block, once: those that hold some are cleared
+  // and get a NaN mark, which makes P and dS of the queries that see them NaN.
+  __device__ __forceinline__ void mark_nonfinite_keys() {
+    const int i = thread();
+    if (i < BackwardConfig::kTileN) ptx::store_shared(smem.mark(i), 0u);
+    constexpr uint32_t kStep = kThreads * 16;
+    const uint32_t begin = smem.k() + i * 16, end = smem.k() + kConfig.kv_bytes();
+    const bool found = has_nonfinite<Element>(begin, end, kStep);
+    marked = ptx::barrier_or(kConsumersBarrier, kThreads, found);
+    if (!marked) return;
+    if (found) {
+#pragma unroll 1
+      for (uint32_t address = begin; address < end; address += kStep) {
+        if (!has_nonfinite<Element>(address, address + 16, 16)) continue;
+        const int key = (address - smem.k()) / BackwardConfig::kRowBytes % BackwardConfig::kTileN;
+        ptx::store_shared(smem.mark(key), 0x7fffffffu);
+      }
+      clear_nonfinite<Element>(begin, end, kStep);
+    }
+    wait_for_consumers();
+  }
+  // Queries of a step, where the mask cuts it: if a query or a dO holds Inf or NaN, its lse or its
+  // delta is not finite. Of Q no trace need be kept: a query that is not finite has no finite P.
+  // Returns whether dO had such elements. No product must be running.
+  __device__ __forceinline__ bool clear_nonfinite_queries(int stage) const {
+    bool finite = true;
+    for (int i = keys.lane(); i < kConfig.tile_m; i += 32) {
+      finite &= isfinite(__uint_as_float(ptx::load_shared(smem.lse2(stage) + 4 * i))) &&
+                isfinite(__uint_as_float(ptx::load_shared(smem.delta(stage) + 4 * i)));
+    }
+    if (__all_sync(0xffffffffu, finite)) return false;  // every warp sees all terms
+    wait_for_consumers();                               // everybody has read Q and dO as they are
+    constexpr uint32_t kStep = kThreads * 16;
+    const uint32_t q = smem.q(stage), dout = smem.dout(stage), at = thread() * 16;
+    clear_nonfinite<Element>(q + at, q + kConfig.q_bytes(), kStep);
+    const bool found = has_nonfinite<Element>(dout + at, dout + kConfig.q_bytes(), kStep);
+    if (found) clear_nonfinite<Element>(dout + at, dout + kConfig.q_bytes(), kStep);
+    return ptx::barrier_or(kConsumersBarrier, kThreads, found);
+  }
+  // Adds Inf and NaN elements of dO, which dV has seen as zeros, to the keys that their rows see.
+  // Exact weights are positive, so the sum is what the weighted one would be.
+  __device__ __forceinline__ void add_nonfinite_dout() {
+    const BackwardArgs& args = call.args;
+    const int32_t kv = tile().kv_begin + 64 * group;
+    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    const int32_t q_end = min(q_begin + kConfig.tile_m, static_cast<int32_t>(args.shape.S_q));
+#pragma unroll 1
+    for (int32_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
+      const Element* row = args.dout.row<const Element>(tile().b, step.h, q_idx);
+      const KvRange seen = args.mask.kv_range(q_idx, q_idx + 1);
+#pragma unroll
+      for (int i = 0; i < Tile::kGradients; ++i) {
+        const int32_t column = i / 4 * 8 + keys.column() + i % 2, kv_idx = kv + keys.row(i / 2 % 2);
+        if (column >= args.shape.D_v || kv_idx < seen.begin || kv_idx >= seen.end) continue;
+        const auto value = static_cast<float>(row[column]);
+        if (!isfinite(value)) keys.dv[i] += value;
+      }
+    }
+  }
+
+  // Whether more is to be done about the step than the five products.
+  __device__ __forceinline__ bool is_cut() const {
+    if (marked) return true;
+    const KeyTile& of = tile();
+    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    return q_begin < of.plain_begin || q_begin + kConfig.tile_m > of.plain_end;
+  }
+
+  // Adds this warp's part of the last step's dQ to the sums.
+  __device__ __forceinline__ void add_dq(const typename Tile::Dq& dq) const {
+    const int warp = 4 * group + keys.warp();
+    if (kConfig.head_dim % 64 != 0 && warp * 16 >= kConfig.head_dim) return;  // no such columns
+    if (speaks()) ptx::tma_store_wait_read<0>();
+    __syncwarp();
+    keys.store_dq(dq, smem.dq(warp));
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (speaks()) {
+      ptx::bulk_reduce_add(dq_target, smem.dq(warp), kConfig.dq_warp_bytes());
+      ptx::tma_store_commit();
+    }
+  }
+
+  // A query tile. dQ is one step behind: by then the dS of the other group has long been there. In
+  // the order in which the products are started each runs under the arithmetic that follows it:
+  //     dP^T under the exponentials, dV under dS, dQ and dK under the additions to dQ.
+  // The first step computes a dQ of what lies there and drops it: ptxas lets no product run on from
+  // one copy of the step into another.
+  template <Steps kSteps>
+  __device__ __forceinline__ void run_step(typename Tile::Rounded& ds_rounded) {
+    constexpr bool kMayBeCut = kSteps != Steps::plain, kDrained = kSteps == Steps::cut;
+    const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
+    const int stage = stage_of(index), last = stage ^ 1;
+    const uint32_t phase = phase_of(index);
+    typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
+    typename Tile::Rounded p_rounded;
+    wait(smem.q_full(stage), phase);
+    keys.start_pairs(p, rows_of(smem.k()), smem.q(stage));
+    if constexpr (!kConfig.early_values) {
+      if constexpr (!kDrained) {
+        ptx::wgmma_wait<1>();
+        ptx::held(keys.dk);
+        ptx::held(ds_rounded);
+      }
+      if (!first) release(smem.q_empty(last));
+    }
+    if (first) wait(smem.v_full(), tiles % 2);
+    wait(smem.dout_full(stage), phase);
+    keys.start_pairs(ds, rows_of(smem.v()), smem.dout(stage));
+    ptx::wgmma_wait<1>();
+    ptx::held(p);
+    if constexpr (kConfig.early_values) {
+      if constexpr (!kDrained) {
+        ptx::held(keys.dk);
+        ptx::held(ds_rounded);
+      }
+      if (!first) release(smem.q_empty(last));
+    }
+    if (kMayBeCut && marked) keys.add_key_marks(p, smem.mark(64 * group));
+    keys.weigh(p, call.factor_log2, smem.lse2(stage));
+    if (cut) {
+      keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
+                step.q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
+    }
+    if constexpr (kConfig.early_values) keys.round(p_rounded, p);
+    ptx::wgmma_wait<0>();
+    ptx::held(ds);
+    bool cleared = false;
+    if (cut && call.args.mask.is_banded()) cleared = clear_nonfinite_queries(stage);
+    if constexpr (kConfig.early_values) {
+      keys.start_gradient(keys.dv, p_rounded, smem.dout(stage));
+    }
+    keys.subtract_delta(ds, p, smem.delta(stage));
+    if (cut) keys.drop_without_weight(ds, p);
+    if constexpr (!kConfig.early_values) keys.round(p_rounded, p);
+    keys.round(ds_rounded, ds);
+    wait(smem.ds_empty(stage), phase ^ 1);
+    keys.store_ds(ds_rounded, smem.ds(stage) + group * kConfig.q_box_bytes());
+    ptx::fence_async_proxy();
+    __syncwarp();
+    release(smem.ds_full(stage));
+    if constexpr (!kConfig.early_values) {
+      keys.start_gradient(keys.dv, p_rounded, smem.dout(stage));
+    }
+    typename Tile::Dq dq;
+    if (!first) wait(smem.ds_full(last), phase_of(index - 1));
+    keys.start_dq(dq, smem.k(), smem.ds(last), group);
+    keys.start_gradient(keys.dk, ds_rounded, smem.q(stage));
+    ptx::wgmma_wait<1>();
+    ptx::held(keys.dv);
+    ptx::held(p_rounded);
+    release(smem.dout_empty(stage));
+    if (cleared) add_nonfinite_dout();
+    ptx::held(dq);
+    if (!first) {
+      release(smem.ds_empty(last));
+      add_dq(dq);
+    }
+    if constexpr (kDrained) finish_dk(ds_rounded);
+    const int warp = 4 * group + keys.warp();
+    dq_target = call.buffers.dq_sums +
+                int64_t{tile_index(call, tile(), step)} * kConfig.dq_floats() +
+                warp * (kConfig.dq_warp_bytes() / 4);
+    step.advance(tile());
+    ++index;
+    first = false;
+  }
+
+  __device__ __forceinline__ void finish_dk(typename Tile::Rounded& ds_rounded) {
+    ptx::wgmma_wait<0>();
+    ptx::held(keys.dk);
+    ptx::held(ds_rounded);
+  }
+  template <Steps kSteps>
+  __device__ __forceinline__ void run_steps(uint32_t end) {
+    typename Tile::Rounded ds_rounded;  // the A operand of the last dK += dS^T Q
+#pragma unroll 1
+    do {
+      run_step<kSteps>(ds_rounded);
+    } while (index < end && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
+    if (kSteps != Steps::cut) finish_dk(ds_rounded);
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (;; ++tiles) {
+      wait(smem.k_full(), tiles % 2);
+      const int32_t steps = tile().steps;
+      if (steps < 0) break;
+      clear_gradients();
+      if (steps > 0) run_tile(index + steps);
+      store();
+    }
+    if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the stores
+  }
+  __device__ __forceinline__ void clear_gradients() {
+#pragma unroll
+    for (int i = 0; i < Tile::kGradients; ++i) keys.dk[i] = keys.dv[i] = 0;
+  }
+  // The steps up to `end`.
+  __device__ __forceinline__ void run_tile(uint32_t end) {
+    step = first_step(tile(), call.plan.group);
+    first = true;
+    if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
+    if constexpr (!kConfig.masked) {
+      run_steps<Steps::plain>(end);
+    } else if constexpr (!kConfig.split_steps) {
+      run_steps<Steps::either>(end);
+    } else {
+#pragma unroll 1
+      while (index < end) {
+        if (is_cut()) {
+          run_steps<Steps::cut>(end);
+        } else {
+          run_steps<Steps::plain>(end);
+        }
+      }
+    }
+    const uint32_t last = index - 1;
+    release(smem.q_empty(stage_of(last)));
+    typename Tile::Dq dq;
+    wait(smem.ds_full(stage_of(last)), phase_of(last));
+    keys.start_dq(dq, smem.k(), smem.ds(stage_of(last)), group);
+    ptx::wgmma_wait<0>();
+    ptx::held(dq);
+    release(smem.ds_empty(stage_of(last)));
+    add_dq(dq);
+  }
+
+  // dK and dV leave through the places of dS and dQ, while the next keys and values come.
+  __device__ __forceinline__ void store() const {
+    const int warp = 4 * group + keys.warp();
+    const KeyTile of = tile();
+    __syncwarp();
+    release(smem.kv_empty());
+    wait_for_consumers();  // nobody reads dS any more
+    keys.store_gradient(keys.dk, static_cast<float>(call.args.factor), smem.ds_of_warp(warp));
+    send(call.dk, call.args.dk, smem.ds_of_warp(warp), of, 16 * warp);
+    if (speaks()) ptx::tma_store_wait_read<1>();  // the last dQ has been read
+    __syncwarp();
+    keys.store_gradient(keys.dv, 1, smem.dq(warp));
+    send(call.dv, call.args.dv, smem.dq(warp), of, 16 * warp);
+    if (speaks()) ptx::tma_store_wait_read<1>();  // dK has been read
+    wait_for_consumers();
+  }
+  __device__ __forceinline__ void send(const TensorBox& box, const View& view, uint32_t source,
+                                       const KeyTile& of, int32_t row) const {
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (!speaks()) return;
+    if (view.data != nullptr) {
+#pragma unroll
+      for (int c = 0; c < kConfig.boxes(); ++c) {
+        ptx::tma_store(box.map, source + c * 16 * BackwardConfig::kRowBytes,
+                       c * BackwardConfig::kColumns, of.kv_begin + row, of.h_kv * box.step_h,
+                       of.b * box.step_b);
+      }
+    }
+    ptx::tma_store_commit();
+  }
+};
+
+}  // namespace online_attention::cuda::hopper

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which backward calls the Hopper runner takes, and the kernels compiled for their head dims.
+#include "cuda/head_dim_bucket.h"
+#include "cuda/hopper/addressing.h"
+#include "cuda/hopper/backward.h"
+#include "cuda/hopper/backward_launch.h"
+#include "cuda/hopper/backward_rows.h"
+
+// Named, never defined here: host code picks kernels by element type without CUDA's headers.
+struct __half;
+struct __nv_bfloat16;
+
+namespace online_attention::cuda::hopper {
+namespace {
+
+using LaunchKernel = Status (*)(const BackwardArgs&, const BackwardPlan&, const BackwardBuffers&,
+                                const Launch&);
+
+struct Kernels {
+  const BackwardConfig& config;
+  LaunchKernel f16, bf16;
+};
+
+struct Bucket {
+  int64_t head_dim;
+  Kernels full, masked;
+};
+
+template <int kHeadDim, bool kMasked>
+constexpr Kernels kernels() {
+  return {kBackward<kHeadDim, kMasked>, launch_backward<__half, kHeadDim, kMasked>,
+          launch_backward<__nv_bfloat16, kHeadDim, kMasked>};
+}
+template <int kHeadDim>
+constexpr Bucket bucket() {
+  return {kHeadDim, kernels<kHeadDim, false>(), kernels<kHeadDim, true>()};
+}
+
+constexpr Bucket kBuckets[] = {bucket<64>(), bucket<96>(), bucket<128>()};
+
+const Kernels& kernels_for(const BackwardArgs& args) {
+  const Bucket& bucket = bucket_for(kBuckets, args.shape);
+  return args.mask.is_banded() ? bucket.masked : bucket.full;
+}
+
+// The sums of dQ, the terms of the rows, the counter of tiles taken; every part begins on a multiple
+// of 256 bytes.
+struct Sizes {
+  int64_t dq_sums, terms, taken;
+
+  Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan)
+      : dq_sums(plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)}),
+        terms(ceil_div<int64_t>(plan.dq_tiles() * config.terms_bytes(), 256) * 256),
+        taken(args.mask.is_banded() ? sizeof(uint32_t) : 0) {}
+  int64_t total() const { return dq_sums + 2 * terms + taken; }
+  BackwardBuffers in(void* workspace) const {
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    return {.lse2 = reinterpret_cast<float*>(bytes + dq_sums),
+            .delta = reinterpret_cast<float*>(bytes + dq_sums + terms),
+            .dq_sums = reinterpret_cast<float*>(bytes),
+            .taken = taken > 0 ? reinterpret_cast<uint32_t*>(bytes + dq_sums + 2 * terms) : nullptr};
+  }
+};
+
+}  // namespace
+
+bool runs_backward(const BackwardArgs& args, const Device&) {
+  constexpr int64_t kRowsMin = 64;  // fewer leave most of a query tile empty
+  const Shape& s = args.shape;
+  if (args.is_modified() || args.deterministic) return false;
+  if (s.S_q < kRowsMin || s.D > kBackwardHeadDimMax || s.D_v > kBackwardHeadDimMax) return false;
+  const View* of_queries[] = {&args.q, &args.dq};
+  const View* of_keys[] = {&args.k, &args.dk};
+  const View* of_values[] = {&args.v, &args.dv};
+  const View* of_outputs[] = {&args.out, &args.dout};
+  const auto addressable = [](const auto& views, int64_t B, int64_t H, int64_t S, int64_t D) {
+    for (const View* view : views) {
+      if (view->data != nullptr && !is_addressable(*view, B, H, S, D)) return false;
+    }
+    return true;
+  };
+  return addressable(of_queries, s.B, s.H, s.S_q, s.D) &&
+         addressable(of_keys, s.B, s.H_kv, s.S_kv, s.D) &&
+         addressable(of_values, s.B, s.H_kv, s.S_kv, s.D_v) &&
+         addressable(of_outputs, s.B, s.H, s.S_q, s.D_v);
+}
+
+int64_t backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
+  const BackwardConfig& config = kernels_for(args).config;
+  return Sizes(args, config, plan_blocks(args, config, device.multiprocessors)).total();
+}
+
+Status backward(const BackwardArgs& args, const Launch& launch) {
+  const Kernels& kernels = kernels_for(args);
+  const BackwardConfig& config = kernels.config;
+  const BackwardPlan plan = plan_blocks(args, config, launch.device.multiprocessors);
+  const BackwardBuffers buffers = Sizes(args, config, plan).in(launch.workspace);
+  Status status = prepare_rows(args, plan, config, buffers, launch.stream);
+  if (status != kOk) return status;
+  status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
+  if (status != kOk || args.dq.data == nullptr) return status;
+  return finish_dq(args, plan, config, buffers, launch.stream);
+}
+
+}  // namespace online_attention::cuda::hopper

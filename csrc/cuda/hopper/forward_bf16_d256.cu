@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/hopper/forward_launch.cuh"
+
+template online_attention::Status
+online_attention::cuda::hopper::launch_forward<__nv_bfloat16, 256, 256, 128>(const ForwardArgs&,
+                                                                             const Launch&);

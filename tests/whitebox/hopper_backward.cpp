@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// csrc/cuda/hopper/backward_config.h.
+#include "cuda/hopper/backward_config.h"
+
+#include "module.h"
+
+namespace whitebox {
+
+namespace oa = online_attention;
+
+void bind_hopper_backward(py::module_& module) {
+  using oa::cuda::hopper::BackwardConfig;
+  using oa::cuda::hopper::kBackward;
+
+  py::class_<BackwardConfig>(module, "HopperBackwardConfig")
+      .def_readonly("head_dim", &BackwardConfig::head_dim)
+      .def_readonly("tile_m", &BackwardConfig::tile_m)
+      .def_readonly("masked", &BackwardConfig::masked)
+      .def("columns", [](const BackwardConfig& c) { return c.boxes() * BackwardConfig::kColumns; })
+      .def("dq_floats", &BackwardConfig::dq_floats)
+      .def("terms_bytes", &BackwardConfig::terms_bytes)
+      .def("offsets",
+           [](const BackwardConfig& c) {
+             return std::vector<int>{0,
+                                     c.v_offset(),
+                                     c.q_offset(),
+                                     c.dout_offset(),
+                                     c.ds_offset(),
+                                     c.dq_offset(),
+                                     c.terms_offset(),
+                                     c.marks_offset(),
+                                     c.barrier_offset(),
+                                     c.tile_offset(),
+                                     c.smem_bytes()};
+           })
+      .def("term_place", [](const BackwardConfig& c, int row) { return c.term_place(row); })
+      .def("dq_place", [](const BackwardConfig& c, int index) {
+        const oa::cuda::hopper::DqPlace at = oa::cuda::hopper::dq_place(c, index);
+        return std::pair{at.query, at.column};
+      });
+
+  module.def("hopper_backward_configs", [] {
+    return std::vector<BackwardConfig>{kBackward<64, false>,  kBackward<64, true>,
+                                       kBackward<96, false>,  kBackward<96, true>,
+                                       kBackward<128, false>, kBackward<128, true>};
+  });
+}
+
+}  // namespace whitebox
