@@ -30,10 +30,12 @@ ForwardPlan plan_forward(const ForwardArgs& args, const ForwardConfig& config,
   plan.first_query = seeing.begin;
   plan.last_query = seeing.begin + seeing.size();
   tiles.q_tiles = ceil_div(seeing.size() * tiles.pack, config.tile_m());
-  // The keys and values of a section's heads are read from memory in its first wave of blocks, which
-  // waits for them. So all sections but the last have the heads of one wave; the last one has short
-  // tiles for the gaps at the end.
-  if (args.mask.is_banded() && tiles.splits == 1 && tiles.q_tiles > 0) {
+  // The keys and values of a section's heads are read from memory in its first wave of blocks,
+  // which waits for them. So of short sequences, where that counts, all sections but the last have
+  // the heads of one wave; the last one has short tiles for the gaps at the end.
+  constexpr uint32_t kShort = 8;
+  const bool is_short = 0 < tiles.q_tiles && tiles.q_tiles <= kShort;
+  if (args.mask.is_banded() && tiles.splits == 1 && is_short) {
     const auto wave = static_cast<uint32_t>(
         ceil_div<int64_t>(multiprocessors, static_cast<int64_t>(tiles.q_tiles)));
     if (wave < tiles.section_heads) {
