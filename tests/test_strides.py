@@ -70,8 +70,8 @@ LAYOUTS = {
     "off-by-one-element": off_by_one_element,
 }
 CASE = Case("strided", 37, 67, B=2, H=6, H_kv=3, mask=CAUSAL)
-# What the copy engine cannot address the Hopper kernel leaves to one that rounds otherwise, and heads
-# that are broadcast it does not pack.
+# What the copy engine cannot address the Hopper kernel leaves to one that rounds otherwise, and
+# heads that are broadcast it does not pack.
 OTHER_KERNEL = {"cuda.hopper.wgmma"}
 
 
