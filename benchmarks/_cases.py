@@ -243,7 +243,7 @@ SUITES = {
         Suite("shapes", shapes),
         Suite("masks", masks, case_seconds=1.5),
         Suite("fp32", fp32, gpu_dtypes=("fp32",), cpu_dtypes=("fp32",)),
-        Suite("cpu", cpu, gpu_dtypes=("fp32", "bf16")),
+        Suite("cpu", cpu, gpu_dtypes=("fp32", "bf16"), case_seconds=0.8),
         Suite("decode", decode, case_seconds=2.0),
         Suite("host", host, cpu_dtypes=("fp32",), measures_host_time=True),
     )

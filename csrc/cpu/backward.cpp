@@ -3,8 +3,8 @@
 //
 // One pass, five products: the thread that has a key tile takes all query rows past it, sums dk and
 // dv by itself, and adds its part of dq to a sum that all key tiles share. That sum is taken in the
-// order of the keys, whoever is first: a thread that comes early waits. It waits only for the
-// addition, a small part of the work, and only for tasks that were begun before its own, so that
+// order of the keys, whoever is first: a thread that comes early keeps its part and goes on, and
+// waits when it can keep no more. It waits only for tasks that were begun before its own, so that
 // any number of threads gets to the end.
 //
 // Workspace: for each query row its softmax and delta (three numbers), a byte, and for the narrow
@@ -45,6 +45,7 @@ GradientKernel gradient_kernel(DType dtype) {
 struct Tiling {
   int64_t queries, heads;       // of a set
   int64_t q_tiles, head_tiles;  // of a kv head
+  int64_t keys;                 // of a tile
   int64_t key_tiles;
 
   explicit Tiling(const Shape& s) {
@@ -54,9 +55,15 @@ struct Tiling {
     q_tiles = ceil_div(s.S_q, queries);
     heads = std::clamp<int64_t>(QueryRows::kMaxRows / queries, 1, s.group());
     head_tiles = ceil_div(s.group(), heads);
-    key_tiles = ceil_div<int64_t>(s.S_kv, KeyTile::kMaxKeys);
+    // Two at least, unless there are few keys: one head alone then keeps two threads busy.
+    const int64_t most = std::max<int64_t>(ceil_div<int64_t>(s.S_kv, KeyTile::kMaxKeys), 2);
+    keys = ceil_div(ceil_div(s.S_kv, most), kPanelKeys) * kPanelKeys;
+    key_tiles = ceil_div(s.S_kv, keys);
   }
   int64_t sets() const { return head_tiles * q_tiles; }  // of a kv head
+
+ private:
+  static constexpr int64_t kPanelKeys = 32;  // of the widest kernel, a multiple of the others'
 };
 
 // Where the parts of the workspace begin. `memory` may be null: then only `bytes` is right.
@@ -108,15 +115,7 @@ class Backward {
     for (int64_t set = begin; set < end && memory != nullptr; ++set) prepare(set, memory);
   }
 
-  // Runs on every thread until no task is left. Tasks are begun in the order of their keys.
-  void work() noexcept {
-    std::byte* memory = scratch();
-    if (memory == nullptr) return;
-    const int64_t kv_heads = args_.shape.B * args_.shape.H_kv;
-    for (int64_t task; (task = next_task_++) < tasks();) {
-      run(task % kv_heads, task / kv_heads, memory);
-    }
-  }
+  void work() noexcept;
 
   Status status() const {
     return out_of_memory_ ? "attention on the CPU: no memory is left for a thread's working space."
@@ -125,6 +124,7 @@ class Backward {
 
  private:
   using Counter = std::atomic<int32_t>;
+  class DqParts;
 
   // nullptr if there is no memory.
   std::byte* scratch() {
@@ -135,7 +135,7 @@ class Backward {
   }
 
   void prepare(int64_t set, std::byte* scratch) const;
-  void run(int64_t kv_head, int64_t key_tile, std::byte* scratch) const;
+  void run(int64_t kv_head, int64_t key_tile, DqParts& parts, std::byte* scratch) const;
   KeyTile key_tile(int64_t kv_head, int64_t index) const;
   QueryRows query_rows(int64_t set) const;
   void set_row(QueryRows& rows, int row, int64_t b, int64_t h, int64_t q_idx) const;
@@ -151,7 +151,8 @@ class Backward {
     const KvRange q = queries(q_tile);
     const KvRange keys = args_.mask.kv_range(q.begin, q.end);
     if (keys.size() == 0) return {};
-    return {keys.begin / KeyTile::kMaxKeys, (keys.end - 1) / KeyTile::kMaxKeys + 1};
+    return {static_cast<int32_t>(keys.begin / tiling_.keys),
+            static_cast<int32_t>((keys.end - 1) / tiling_.keys + 1)};
   }
 
   const BackwardArgs& args_;
@@ -162,6 +163,91 @@ class Backward {
   std::atomic<int64_t> next_task_ = 0;
   std::atomic<bool> out_of_memory_ = false;
 };
+
+// One thread's parts of dq whose turn has not come, in the order of their tasks and sets. A thread
+// waits for the first of them alone, so for a key tile before that one's; of all threads that wait,
+// the one whose tile is the first waits for a thread that works.
+class Backward::DqParts {
+ public:
+  DqParts(const Backward& backward, std::byte* scratch) : backward_(backward), scratch_(scratch) {}
+
+  // Waits where all slots are taken.
+  int free_slot() {
+    if (kept_ == kSlots) wait_for_first();
+    return (first_ + kept_) % kSlots;
+  }
+
+  // What lies in the free slot is the part of these keys and this set.
+  void keep(const KeyTile& keys, int64_t key_tile, int64_t set) {
+    parts_[(first_ + kept_++) % kSlots] = {keys, key_tile, set};
+    while (kept_ > 0 && is_turn()) add_first();
+  }
+
+  void add_all() {
+    while (kept_ > 0) wait_for_first();
+  }
+
+ private:
+  static constexpr int kSlots = GradientKernel::kSlots;
+  struct Part {
+    KeyTile keys;
+    int64_t key_tile = 0, set = 0;
+  };
+
+  Counter& tiles_added() const { return backward_.workspace_.tiles_added[parts_[first_].set]; }
+  KvRange key_tiles() const {
+    return backward_.key_tiles_of(parts_[first_].set % backward_.tiling_.q_tiles);
+  }
+  int32_t tiles_before() const {
+    return static_cast<int32_t>(parts_[first_].key_tile - key_tiles().begin);
+  }
+  bool is_turn() const { return tiles_added().load(std::memory_order_acquire) == tiles_before(); }
+
+  // A turn is a matter of microseconds, what the system does with a yielded core one of
+  // milliseconds: it gets one where turns do not come because there are more threads than cores.
+  void wait_for_first() {
+    for (int spins = 0; !is_turn(); ++spins) {
+      if (spins < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    add_first();
+  }
+  static constexpr int kSpins = 4096;
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void add_first() {
+    const Part& part = parts_[first_];
+    const Turn turn = {tiles_before() == 0, part.key_tile + 1 == key_tiles().end};
+    backward_.kernel_.add_dq(part.keys, backward_.query_rows(part.set), first_, turn, scratch_);
+    tiles_added().store(tiles_before() + 1, std::memory_order_release);
+    first_ = (first_ + 1) % kSlots;
+    --kept_;
+  }
+
+  const Backward& backward_;
+  std::byte* const scratch_;
+  Part parts_[kSlots];
+  int first_ = 0, kept_ = 0;
+};
+
+// Runs on every thread until no task is left. Tasks are begun in the order of their keys.
+void Backward::work() noexcept {
+  std::byte* memory = scratch();
+  if (memory == nullptr) return;
+  DqParts parts(*this, memory);
+  const int64_t kv_heads = args_.shape.B * args_.shape.H_kv;
+  for (int64_t task; (task = next_task_++) < tasks();) {
+    run(task % kv_heads, task / kv_heads, parts, memory);
+  }
+  parts.add_all();
+}
 
 // (E28), the softmax of each row, and zeros for dq of rows that no key tile will visit.
 void Backward::prepare(int64_t set, std::byte* scratch) const {
@@ -181,28 +267,23 @@ void Backward::prepare(int64_t set, std::byte* scratch) const {
   }
 }
 
-void Backward::run(int64_t kv_head, int64_t key_tile_index, std::byte* scratch) const {
+void Backward::run(int64_t kv_head, int64_t key_tile_index, DqParts& parts,
+                   std::byte* scratch) const {
   const KeyTile keys = key_tile(kv_head, key_tile_index);
   kernel_.start(keys, scratch);
   for (int64_t i = 0; i < tiling_.sets(); ++i) {
     const KvRange key_tiles = key_tiles_of(i % tiling_.q_tiles);
     if (key_tile_index < key_tiles.begin || key_tile_index >= key_tiles.end) continue;
     const int64_t set = kv_head * tiling_.sets() + i;
-    const QueryRows rows = query_rows(set);
-    kernel_.add(keys, rows, scratch);
-    if (!keys.wants_dq) continue;
-    Counter& tiles_added = workspace_.tiles_added[set];
-    const auto tiles_before = static_cast<int32_t>(key_tile_index - key_tiles.begin);
-    while (tiles_added.load(std::memory_order_acquire) != tiles_before) std::this_thread::yield();
-    kernel_.add_dq(keys, rows, {tiles_before == 0, key_tile_index + 1 == key_tiles.end}, scratch);
-    tiles_added.store(tiles_before + 1, std::memory_order_release);
+    kernel_.add(keys, query_rows(set), parts.free_slot(), scratch);
+    if (keys.wants_dq) parts.keep(keys, key_tile_index, set);
   }
   kernel_.finish(keys, scratch);
 }
 
 KeyTile Backward::key_tile(int64_t kv_head, int64_t index) const {
   const Shape& s = args_.shape;
-  const int64_t b = kv_head / s.H_kv, h = kv_head % s.H_kv, first = index * KeyTile::kMaxKeys;
+  const int64_t b = kv_head / s.H_kv, h = kv_head % s.H_kv, first = index * tiling_.keys;
   const auto address = [&](const View& view) {
     const int64_t element = b * view.stride_b + h * view.stride_h + first * view.stride_s;
     return view.data == nullptr
@@ -212,7 +293,7 @@ KeyTile Backward::key_tile(int64_t kv_head, int64_t index) const {
   const double largest = args_.dtype == DType::f64 ? DBL_MAX : double{FLT_MAX};
   KeyTile tile;
   tile.keys = {static_cast<int32_t>(first),
-               static_cast<int32_t>(std::min(first + KeyTile::kMaxKeys, s.S_kv))};
+               static_cast<int32_t>(std::min(first + tiling_.keys, s.S_kv))};
   tile.k = address(args_.k);
   tile.v = address(args_.v);
   tile.dk = address(args_.dk);

@@ -29,7 +29,7 @@ class TileBackward : TileScores<Isa, Element> {
     backward.zero_sums();
   }
 
-  static void add(const KeyTile& tile, const QueryRows& rows, std::byte* scratch) {
+  static void add(const KeyTile& tile, const QueryRows& rows, int slot, std::byte* scratch) {
     TileBackward backward(tile, scratch);
     backward.take_rows(rows);
     for (int panel = 0; panel < backward.keys_; panel += kPanelKeys) {
@@ -37,13 +37,14 @@ class TileBackward : TileScores<Isa, Element> {
     }
     if (tile.dv != nullptr) backward.add_dv();
     if (tile.dk != nullptr) backward.add_dk();
-    if (tile.wants_dq) backward.multiply_dq();
+    if (tile.wants_dq) backward.multiply_dq(slot);
   }
 
-  static void add_dq(const KeyTile& tile, const QueryRows& rows, Turn turn, std::byte* scratch) {
+  static void add_dq(const KeyTile& tile, const QueryRows& rows, int slot, Turn turn,
+                     std::byte* scratch) {
     const TileBackward backward(tile, scratch);
     for (int row = 0; row < rows.rows; ++row) {
-      const Real* part = backward.dq_row(row);
+      const Real* part = backward.dq_row(slot, row);
       auto* sum = static_cast<Real*>(rows.dq_sum[row]);
       const Real* const terms[] = {turn.first ? part : sum, part};
       for_each_vector<Lanes>(terms, tile.D, [&](int64_t d, const auto& v) {
@@ -127,9 +128,12 @@ class TileBackward : TileScores<Isa, Element> {
     if (tile_.dk != nullptr) zero(memory_.dk, kTileKeys * memory_.D_stride);
     if (tile_.dv != nullptr) zero(memory_.dv, kTileKeys * memory_.D_v_stride);
     // The last block of keys may reach beyond the last panel.
-    if (keys_ == kTileKeys) return;
-    zero(memory_.p, Memory::kRowSteps * kStepStride);
-    zero(memory_.ds, Memory::kRowSteps * kStepStride);
+    const auto round_up = [&](int to) { return (keys_ + to - 1) / to * to; };
+    const int begin = round_up(kPanelKeys), end = round_up(kBlockRows);
+    for (int step = 0; step < Memory::kRowSteps && begin < end; ++step) {
+      zero(memory_.p + step * kStepStride + begin, end - begin);
+      zero(memory_.ds + step * kStepStride + begin, end - begin);
+    }
   }
 
   void take_rows(const QueryRows& rows) {
@@ -312,14 +316,14 @@ class TileBackward : TileScores<Isa, Element> {
   }
 
   // (E30) dq = dS k, to be scaled at the end
-  void multiply_dq() {
+  void multiply_dq(int slot) {
     for_each_panel<kLanes, kBlockVecs>(tile_.D, [&](auto vecs, int64_t d) {
       constexpr int kVecs = decltype(vecs)::value;
       for_each_block([&]<int kRows>(Block<kRows> block) {
         const KvRange keys = seen(block).by_some;
         const int32_t begin = keys.begin < keys.end ? keys.begin / kDepth : 0;
         multiply_panel<Operand, kRows, kVecs, kRowStride, 1, false>(
-            dq_row(block.row_begin) + d, memory_.D_stride,
+            dq_row(slot, block.row_begin) + d, memory_.D_stride,
             memory_.ds_by_key + block.row_begin * kRowStride + begin,
             memory_.k_columns + d * Memory::kKeySteps + begin * kVecs * kLanes,
             steps_of<Operand>(keys.end) - begin);
@@ -330,7 +334,7 @@ class TileBackward : TileScores<Isa, Element> {
       for (int row = 0; row < rows_->rows; ++row) {
         const KvRange seen = states_.visible(row);
         if (key < seen.begin || key >= seen.end || is_hidden(row, key)) continue;
-        add_row<Lanes>(dq_row(row), weight(memory_.ds, row, key), key_row(key), tile_.D);
+        add_row<Lanes>(dq_row(slot, row), weight(memory_.ds, row, key), key_row(key), tile_.D);
       }
     }
   }
@@ -346,7 +350,9 @@ class TileBackward : TileScores<Isa, Element> {
   }
 
   const Element* dout_row(int row) const { return static_cast<const Element*>(rows_->dout[row]); }
-  Real* dq_row(int row) const { return memory_.dq + row * memory_.D_stride; }
+  Real* dq_row(int slot, int row) const {
+    return memory_.dq + (slot * Memory::kTileRows + row) * memory_.D_stride;
+  }
   Real* dk_row(int key) const { return memory_.dk + key * memory_.D_stride; }
   Real* dv_row(int key) const { return memory_.dv + key * memory_.D_v_stride; }
   int64_t dout_stride() const { return Memory::whole_vectors(memory_.D_v_steps); }

@@ -14,7 +14,8 @@
 #include "cpu/row_block.h"
 #include "cpu/row_results.h"
 #include "cpu/score_bias.h"
-#include "cpu/weigh_rows.h"
+#include "cpu/softmax_rows.h"
+#include "cpu/weigh.h"
 
 namespace online_attention::cpu {
 
@@ -32,6 +33,7 @@ class TileForward {
       const KvRange keys = {keys_begin, keys_begin + smaller(kTileKeys, visible.end - keys_begin)};
       if constexpr (!kInPlace) forward.pack_keys(keys);
       forward.take_values(keys);
+      if constexpr (!kInPlace) forward.ahead_.begin(tile, forward.tile_after(keys), kTileKeys);
       forward.values_of_tile_ = Values::unknown;
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
@@ -63,9 +65,9 @@ class TileForward {
   static constexpr int kWeightStride = kTileKeys * static_cast<int>(sizeof(Real) / sizeof(Weight));
   // Sums in parts have smaller rounding errors, which do not matter beside those of narrow
   // elements. Few rows wait for memory and have time for them.
+  static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
+  static constexpr int kPartOfTile = kNarrow || !kInPlace ? kWeightStride : 32;
   static constexpr int kPart = kPartOfScores<Isa, Element>;
-  static constexpr int kPartOfValues =
-      sizeof(Element) < sizeof(Real) || !kInPlace ? kWeightStride : 32;
 
   template <int kRows>
   using Block = RowBlock<kRows>;
@@ -109,9 +111,6 @@ class TileForward {
       pack_transposed<Operand, kPanelKeys>(panel, tile_.D, keys.end - begin, row);
       panel += kPanelKeys * D_steps_;
     }
-    const int blocks = (tile_.rows + kBlockRows - 1) / kBlockRows;
-    const KvRange next = tile_after(keys);
-    ahead_ = {keys_at(next), values_at(next), kTileKeys, blocks * (kTileKeys / kPanelKeys)};
   }
 
   // The values of the tile `keys`: where they lie, or packed.
@@ -167,13 +166,15 @@ class TileForward {
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
     Real scores[kRows * kTileKeys];
-    Real alpha[padded_rows<kLanes>(kRows)];
+    Real alpha[kWholeVectors<Lanes, kRows>];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
       hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);
     }
     weigh_rows<Isa, Operand, kRows, kTileKeys>(softmax_, block.row_begin, scores, alpha, panels,
-                                               factor_, [&] { ahead_.fetch_value(); });
+                                               factor_, [&] {
+                                                 if constexpr (!kInPlace) ahead_.fetch_values();
+                                               });
     for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
       drop(scores + i * kTileKeys, panels, block.row_begin + i, keys.begin);
     }
@@ -186,11 +187,6 @@ class TileForward {
       add_values_one_by_one(block, alpha, weights_of(scores), keys);
     }
   }
-
-  // Of the keys of one tile, those that some row, and those that all rows of a block see.
-  struct Visibility {
-    KvRange by_some, by_all;
-  };
 
   template <int kRows>
   Visibility visibility(Block<kRows> block, KvRange keys) const {
@@ -230,17 +226,16 @@ class TileForward {
       const int32_t first = keys.begin + begin;
       const auto* k = static_cast<const Element*>(tile_.k) + first * tile_.k_stride;
       const auto key = [&](int i) { return k + i * tile_.k_stride; };
-      const bool asks = block.row_begin == 0;
       dot_queries_keys<Isa, Operand, kRows, kTileKeys>(
           scores + begin, q_ + block.row_begin * q_stride(), q_stride(), tile_.D, count - begin,
-          key, sign, asks ? values_at({first, wanted.end}) : RowsAhead<Element>{});
+          key, sign, rows_ahead(block, tile_.v, tile_.v_stride, tile_.D_v, {first, wanted.end}));
       return {begin, static_cast<int32_t>(whole_vectors(count))};
     }
     const Number* q = q_ + block.row_begin * q_stride();
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
     int32_t key = begin;
     for (; key < count; key += kPanelKeys) {
-      ahead_.fetch_keys();
+      ahead_.fetch_keys(kRows * kPanelKeys);
       const Number* panel = k_ + key * D_steps_;
       if (count - key <= kLanes) {
         multiply_queries_keys<Operand, kRows, 1, kPanelKeys, kTileKeys, kPart>(
@@ -291,12 +286,15 @@ class TileForward {
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
 
-  RowsAhead<Element> keys_at(KvRange keys) const {
-    return RowsAhead<Element>::of(tile_.k, tile_.k_stride, tile_.D, keys);
+  // Of keys or values: asked for once, by the first block.
+  template <int kRows>
+  RowsAhead<Element> rows_ahead(Block<kRows> block, const void* matrix, int64_t stride,
+                                int64_t elements, KvRange keys) const {
+    if (block.row_begin > 0) return {};
+    return {static_cast<const Element*>(matrix) + keys.begin * stride, stride, elements,
+            keys.size()};
   }
-  RowsAhead<Element> values_at(KvRange keys) const {
-    return RowsAhead<Element>::of(tile_.v, tile_.v_stride, tile_.D_v, keys);
-  }
+
   KvRange tile_after(KvRange keys) const {
     return {keys.end, smaller(keys.end + kTileKeys, tile_.some_row_sees.end)};
   }
@@ -308,15 +306,14 @@ class TileForward {
     Real* out = out_row(block.row_begin);
     if constexpr (kInPlace) {
       if (values_lie_.count > 0) {
-        const bool asks = block.row_begin == 0;
-        add_values_in_place<Isa, Operand, kRows, kWeightStride, kPartOfValues>(
+        add_values_in_place<Isa, Operand, kRows, kWeightStride, kPartOfTile>(
             out, out_stride_, alpha, p, values_lie_, tile_.D_v, steps,
-            asks ? keys_at(tile_after(keys)) : RowsAhead<Element>{});
+            rows_ahead(block, tile_.k, tile_.k_stride, tile_.D, tile_after(keys)));
         return;
       }
     }
-    add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartOfValues>(out, out_stride_, alpha, p,
-                                                                         v_, v_stride_, steps);
+    add_values<Operand, kRows, kBlockVecs, kWeightStride, kPartOfTile>(out, out_stride_, alpha, p,
+                                                                       v_, v_stride_, steps);
   }
 
   // Of two rows in one block one may see a NaN value that is hidden from the other, whose weight 0
@@ -351,13 +348,14 @@ class TileForward {
   template <int kRows>
   void finish(Block<kRows> block) const {
     using Results = RowResults<Isa, Element>;
+    const int64_t D_v = tile_.D_v;
     for (int row = block.row_begin; row < block.row_begin + block.rows; ++row) {
       const SoftmaxRow<Real> softmax = softmax_.row(row);
       void *out = tile_.out[row], *lse = tile_.lse[row];
       if (tile_.is_part) {
-        Results::write_part(softmax, out_row(row), tile_.D_v, out, lse);
+        Results::write_part(softmax, out_row(row), D_v, out, lse);
       } else {
-        Results::write(softmax, out_row(row), tile_.D_v, tile_.dropout.keep_scale, out, lse);
+        Results::write(softmax, out_row(row), D_v, tile_.dropout.keep_scale, out, lse);
       }
     }
   }
@@ -390,7 +388,7 @@ class TileForward {
   const Number* v_ = nullptr;  // packed_v_, or the caller's own rows
   int64_t v_stride_ = 0;
   ValueRows<Element> values_lie_ = {};  // in the caller's memory; empty if v_ has them
-  NextTile<Element> ahead_;
+  TileAhead<Element> ahead_;
   Values values_of_tile_ = Values::unknown;
   SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
 };

@@ -38,7 +38,7 @@ struct GradientScratch {
     p = take<Number>(memory, kRowSteps * kStepStride);
     ds = take<Number>(memory, kRowSteps * kStepStride);
     ds_by_key = kDepth == 1 ? ds : take<Number>(memory, kTileRows * kRowStride);
-    dq = take<Real>(memory, kTileRows * D_stride);
+    dq = take<Real>(memory, GradientKernel::kSlots * kTileRows * D_stride);
     dk = take<Real>(memory, kTileKeys * D_stride);
     dv = take<Real>(memory, kTileKeys * D_v_stride);
     random = take<uint16_t>(memory, kTileRows * kTileKeys);
@@ -60,7 +60,7 @@ struct GradientScratch {
   Number* p;             // [row steps][kStepStride], a column for each key
   Number* ds;            // likewise
   Number* ds_by_key;     // [rows][kRowStride], a column for each key step
-  Real* dq;              // [rows][D_stride], of this key tile
+  Real* dq;              // [slots][rows][D_stride], of this key tile
   Real* dk;              // [keys][D_stride]
   Real* dv;              // [keys][D_v_stride]
   uint16_t* random;      // [rows][kTileKeys], what decides of dropout

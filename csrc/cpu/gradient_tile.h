@@ -59,16 +59,17 @@ struct Turn {
 
 // `scratch` is 64-byte aligned and one thread's; it carries a key tile from start to finish.
 struct GradientKernel {
+  static constexpr int kSlots = 4;  // for parts of dq
   int64_t (*scratch_bytes)(int64_t D, int64_t D_v);
   // Delta and the softmax of the rows. Of the keys only D, D_v and what is asked for. Where the
   // result is true, `measure` must take in all keys that the rows see.
   bool (*prepare)(const KeyTile&, const QueryRows&);
   void (*measure)(const KeyTile&, const QueryRows&, std::byte* scratch);
   void (*start)(const KeyTile&, std::byte* scratch);
-  // The rows' part of dk and dv, and the keys' part of dq.
-  void (*add)(const KeyTile&, const QueryRows&, std::byte* scratch);
+  // The rows' part of dk and dv, and the keys' part of dq, which is kept in a slot.
+  void (*add)(const KeyTile&, const QueryRows&, int slot, std::byte* scratch);
   // Adds that part of dq to the sum over key tiles, which the last of these turns into dq.
-  void (*add_dq)(const KeyTile&, const QueryRows&, Turn, std::byte* scratch);
+  void (*add_dq)(const KeyTile&, const QueryRows&, int slot, Turn, std::byte* scratch);
   void (*finish)(const KeyTile&, std::byte* scratch);
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
-#include <type_traits>
+#include "core/mask.h"
 
 namespace online_attention::cpu {
 
@@ -9,6 +9,11 @@ namespace online_attention::cpu {
 template <int kRows>
 struct RowBlock {
   int row_begin, rows;
+};
+
+// Of the keys of one tile, those that some row, and those that all rows of a block see.
+struct Visibility {
+  KvRange by_some, by_all;
 };
 
 template <int kRows, int kFewestRows, class Visit>
@@ -30,19 +35,6 @@ void for_each_row_block(int rows, Visit visit) {
     visit(RowBlock<kBlockRows>{row, kBlockRows});
   }
   if (row < rows) visit_last_block<kBlockRows, kFewestRows>(row, rows, visit);
-}
-
-template <int kLanes>
-constexpr int padded_rows(int rows) {
-  return (rows + kLanes - 1) / kLanes * kLanes;
-}
-
-// Calls visit(count as a constant, first) on groups of kRows rows that fit a vector.
-template <int kLanes, int kRows, int kFirst = 0, class Visit>
-void for_each_group(Visit visit) {
-  constexpr int kCount = kRows - kFirst < kLanes ? kRows - kFirst : kLanes;
-  visit(std::integral_constant<int, kCount>{}, kFirst);
-  if constexpr (kFirst + kCount < kRows) for_each_group<kLanes, kRows, kFirst + kCount>(visit);
 }
 
 }  // namespace online_attention::cpu

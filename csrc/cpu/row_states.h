@@ -5,13 +5,9 @@
 
 #include "cpu/exp2.h"
 #include "cpu/gradient_tile.h"
+#include "cpu/row_block.h"
 
 namespace online_attention::cpu {
-
-// Of the tile's keys, those that some row, and those that all rows of a block see.
-struct Visibility {
-  KvRange by_some, by_all;
-};
 
 template <class Isa, class Element>
 class RowStates {

@@ -1,25 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Keys and values that are asked of memory before they are worked on, a few at a time: a core drops
-// what it has no buffer for.
 #pragma once
 
-#include "core/mask.h"
+#include <cstdint>
+
+#include "cpu/query_tile.h"
 
 namespace online_attention::cpu {
 
-// Rows of a matrix in the caller's memory.
+// Rows that are worked on next: one is asked of memory for each that is worked on now.
 template <class Element>
 struct RowsAhead {
   const Element* first = nullptr;
   int64_t stride = 0, elements = 0;  // from one row to the next, and of a row
   int32_t count = 0;
 
-  static RowsAhead of(const void* matrix, int64_t stride, int64_t elements, KvRange rows) {
-    return {static_cast<const Element*>(matrix) + rows.begin * stride, stride, elements,
-            rows.size()};
-  }
-
-  // The elements [begin, end) of one row, if there is such a row.
   void fetch(int32_t row, int64_t begin, int64_t end) const {
     constexpr int kLine = 64 / static_cast<int>(sizeof(Element));
     constexpr int kIntoL2 = 2;
@@ -29,25 +23,41 @@ struct RowsAhead {
       __builtin_prefetch(elements_of_row + i, 0, kIntoL2);
     }
   }
+
+  // The next few rows, where `next` says how far that has come.
+  void fetch_some(int32_t rows, int32_t& next) const {
+    for (int32_t i = 0; i < rows && next < count; ++i, ++next) fetch(next, 0, elements);
+  }
 };
 
-// The keys and values of the tile that follows, while the rows work on one.
+// While rows work on one tile, the keys and values of the next come nearer, a few at a time: a core
+// drops what it has no buffer for.
 template <class Element>
-class NextTile {
+class TileAhead {
  public:
-  NextTile() = default;
-  // All keys are fetched when fetch_keys has been called so many times.
-  NextTile(RowsAhead<Element> keys, RowsAhead<Element> values, int tile_keys, int calls)
-      : keys_(keys), values_(values), keys_at_once_((tile_keys + calls - 1) / calls) {}
-
-  void fetch_keys() {
-    for (int i = 0; i < keys_at_once_; ++i) keys_.fetch(next_key_++, 0, keys_.elements);
+  // `keys`, at most tile_keys of them, are next.
+  void begin(const QueryTile& tile, KvRange keys, int tile_keys) {
+    const auto rows = [&](const void* matrix, int64_t stride, int64_t elements) {
+      return RowsAhead<Element>{static_cast<const Element*>(matrix) + keys.begin * stride, stride,
+                                elements, keys.size()};
+    };
+    keys_ = rows(tile.k, tile.k_stride, tile.D);
+    values_ = rows(tile.v, tile.v_stride, tile.D_v);
+    pairs_a_key_ = tile.rows;
+    values_a_row_ = (tile_keys + tile.rows - 1) / tile.rows;
+    next_key_ = next_value_ = 0;
   }
-  void fetch_value() { values_.fetch(next_value_++, 0, values_.elements); }
+
+  // Before so many pairs of the present tile are multiplied.
+  void fetch_keys(int pairs) {
+    keys_.fetch_some((pairs + pairs_a_key_ - 1) / pairs_a_key_, next_key_);
+  }
+  // Before one row is weighed.
+  void fetch_values() { values_.fetch_some(values_a_row_, next_value_); }
 
  private:
   RowsAhead<Element> keys_, values_;
-  int keys_at_once_ = 0;
+  int pairs_a_key_ = 1, values_a_row_ = 0;
   int32_t next_key_ = 0, next_value_ = 0;
 };
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Scores of one row become weights, (E7).
+// Scores become weights, (E7), and rows take a step of their softmax, (E6) to (E8).
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#include "cpu/exp2.h"
+#include "cpu/micro_kernel.h"
+#include "cpu/softmax_rows.h"
 
 namespace online_attention::cpu {
 
@@ -42,6 +43,49 @@ typename Operand::Sums::Vec weigh(const Real* s, typename Operand::Weight* p, in
   }
   return weigh_each<Operand>(
       s, p, count, [=](Vec score) { return score * Sums::splat(factor) - Sums::splat(base); });
+}
+
+// kRows numbers, in whole vectors.
+template <class Lanes, int kRows>
+constexpr int kWholeVectors = (kRows + Lanes::kLanes - 1) / Lanes::kLanes * Lanes::kLanes;
+
+// Calls visit(the rows, first) on groups of `rows` that fit the lanes of a vector.
+template <int kLanes, int kFirst = 0, int kRows, class Vec, class Visit>
+void for_each_group(Vec (&rows)[kRows], Visit visit) {
+  constexpr int kCount = kRows - kFirst < kLanes ? kRows - kFirst : kLanes;
+  visit(*reinterpret_cast<Vec(*)[kCount]>(rows + kFirst), kFirst);
+  if constexpr (kFirst + kCount < kRows) for_each_group<kLanes, kFirst + kCount>(rows, visit);
+}
+
+// The scores in `keys` of kRows rows, kStride apart, become weights in place. The rows' softmax,
+// from `row` on, takes them in; alpha[kWholeVectors] is what its sums were scaled by. What is
+// folded across lanes or needs few lanes is done for all rows together, a vector of them at a time.
+// before_row() is called before each row is weighed.
+template <class Isa, class Operand, int kRows, int kStride, class Rows, class Real, class BeforeRow>
+void weigh_rows(Rows& softmax, int row, Real* scores, Real* alpha, KvRange keys, Real factor,
+                BeforeRow before_row) {
+  using Lanes = typename Operand::Sums;
+  using Vec = typename Lanes::Vec;
+  Vec rows[kRows];
+  Real top[kWholeVectors<Lanes, kRows>], base[kWholeVectors<Lanes, kRows>];
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = largest<Lanes>(scores + i * kStride + keys.begin, keys.size());
+  }
+  for_each_group<Lanes::kLanes>(rows, [&](auto& group, int first) {
+    const Vec tops = Lanes::max_of_rows(group);
+    Lanes::store(tops, top + first);
+    Lanes::store(softmax.raise(row + first, tops * Lanes::splat(factor)), alpha + first);  // (E6)
+    Lanes::store(softmax.base(row + first), base + first);
+  });
+  for (int i = 0; i < kRows; ++i) {  // (E7)
+    before_row();
+    Real* s = scores + i * kStride;
+    auto* p = reinterpret_cast<typename Operand::Weight*>(s) + keys.begin;
+    rows[i] = weigh<Isa, Operand>(s + keys.begin, p, keys.size(), top[i], factor, base[i]);
+  }
+  for_each_group<Lanes::kLanes>(rows, [&](auto& group, int first) {
+    softmax.absorb(row + first, Lanes::load(alpha + first), Lanes::sum_of_rows(group));  // (E8)
+  });
 }
 
 }  // namespace online_attention::cpu
