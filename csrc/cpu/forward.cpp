@@ -55,17 +55,24 @@ struct Tiling {
   // Wide tiles pack keys and values less often; narrow ones keep all cores busy. No result depends
   // on the width.
   explicit Tiling(const Shape& s) : split(s) {
-    static const int64_t enough_tasks = 4 * int64_t{std::thread::hardware_concurrency()};
+    static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+    const int64_t enough_tasks = 4 * cores;
     int64_t rows = QueryTile::kMaxRows;
     do {
-      q_tiles = ceil_div(s.S_q, rows);
-      queries = std::min(s.S_q, ceil_div(ceil_div(s.S_q, q_tiles), kBlockRows) * kBlockRows);
-      q_tiles = ceil_div(s.S_q, queries);
+      cut_queries(s.S_q, ceil_div(s.S_q, rows));
       heads = std::clamp<int64_t>(rows / queries, 1, s.group());
       head_tiles = ceil_div(s.group(), heads);
       tiles = s.B * s.H_kv * head_tiles * q_tiles;
       rows /= 2;
     } while (tasks() < enough_tasks && rows >= kFewestRows);
+    // So few tasks come out even, if they can.
+    for (int64_t fewer = q_tiles; tasks() < enough_tasks && heads == 1 && fewer > 0; --fewer) {
+      if (tiles / q_tiles * fewer % cores != 0 || ceil_div(s.S_q, fewer) > kMostQueries) continue;
+      tiles /= q_tiles;
+      cut_queries(s.S_q, fewer);
+      tiles *= q_tiles;
+      break;
+    }
   }
 
   int64_t tasks() const { return tiles * split.count; }
@@ -73,6 +80,12 @@ struct Tiling {
  private:
   static constexpr int64_t kBlockRows = 12;  // of the widest kernel, a multiple of the others'
   static constexpr int64_t kFewestRows = 48;
+  static constexpr int64_t kMostQueries = QueryTile::kMaxRows - kBlockRows;
+
+  void cut_queries(int64_t S_q, int64_t parts) {
+    queries = std::min(S_q, ceil_div(ceil_div(S_q, parts), kBlockRows) * kBlockRows);
+    q_tiles = ceil_div(S_q, queries);
+  }
 };
 
 int64_t real_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
