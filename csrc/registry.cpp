@@ -45,7 +45,8 @@ constexpr Runner kRunners[] = {
      .backward = {cuda::hopper::backward_workspace_bytes, cuda::hopper::backward},
      .runs_forward = cuda::hopper::runs_forward,
      .runs_backward = cuda::hopper::runs_backward,
-     .leaves = "a bias, dropout, fewer than 64 queries of a group of heads or rows off 16-byte boundaries",
+     .leaves = "a bias, dropout, fewer than 64 queries of a group of heads or rows off 16-byte "
+               "boundaries",
      .leaves_backward = "a bias, dropout, fewer than 64 queries, a head_dim above 128, rows off "
                         "16-byte boundaries or deterministic gradients"},
     {.name = "cuda.portable.tensor_core",

@@ -33,7 +33,7 @@ struct TilePlan {
   uint32_t section_heads = 1;  // packed heads whose tiles are interleaved, see locate
   uint32_t lead_heads = 0;     // the first of them, in smaller sections
   uint32_t lead_section_heads = 1;
-  uint32_t heads = 0;          // B * H / pack
+  uint32_t heads = 0;  // B * H / pack
   uint32_t heads_per_batch = 1;
 
   ONLINE_ATTENTION_HD int64_t tiles() const {
