@@ -46,7 +46,8 @@ constexpr Runner kRunners[] = {
      .runs_forward = cuda::hopper::runs_forward,
      .runs_backward = cuda::hopper::runs_backward,
      .leaves = "a bias, dropout, fewer than 64 queries of a group of heads or rows off 16-byte boundaries",
-     .leaves_backward = "one of these, or deterministic"},
+     .leaves_backward = "a bias, dropout, fewer than 64 queries, a head_dim above 128, rows off "
+                        "16-byte boundaries or deterministic gradients"},
     {.name = "cuda.portable.tensor_core",
      .device = DeviceKind::cuda,
      .arch_min = 80,
@@ -209,7 +210,8 @@ std::string explain(DType dtype, const Shape& shape, const Device& device) {
           std::string(" Forward calls with ") + chosen->leaves + " run on " + chosen[1].name + ".";
     }
     if (chosen->leaves_backward != nullptr) {
-      sentence += std::string(" Backward calls with ") + chosen->leaves_backward + " run there too.";
+      sentence +=
+          std::string(" Backward calls with ") + chosen->leaves_backward + " run there too.";
     }
     return nearest == nullptr ? sentence : sentence + " " + clause(*nearest);
   }

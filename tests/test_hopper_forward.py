@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the Hopper forward kernel (csrc/cuda/hopper) does beside what every kernel does: heads packed
-into a query tile, keys split where the grid is small, two tile shapes, tiles taken by a counter.
+"""What the Hopper forward kernel (csrc/cuda/hopper) does beside what every kernel does: heads
+packed into a query tile, keys split where the grid is small, two tile shapes, a counter of tiles.
 
 The other half-precision rows run the same tests, which hold for any kernel.
 """
@@ -20,8 +20,10 @@ pytestmark = pytest.mark.targets(dtypes=(torch.float16, torch.bfloat16), device=
 
 HEAD_DIMS = [
     Case(f"d{D}-{D_v}-{name}", 257, 321, D=D, D_v=D_v, mask=mask)
-    for D, D_v in [(64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (136, 24), (192, 192)]
-    + [(200, 256), (256, 256), (24, 248)]
+    for D, D_v in [
+        *[(64, 64), (72, 40), (96, 96), (128, 128), (192, 128)],
+        *[(136, 24), (192, 192), (200, 256), (256, 256), (24, 248)],
+    ]
     for name, mask in [("full", Mask()), ("causal", CAUSAL), ("window", Mask(left=90, right=7))]
 ]
 PACKED = [

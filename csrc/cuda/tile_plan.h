@@ -31,6 +31,8 @@ struct TilePlan {
   uint32_t column_blocks = 1;  // that share a query tile, each with its part of D_v
   uint32_t splits = 1;         // parts of the keys, merged by combine
   uint32_t section_heads = 1;  // packed heads whose tiles are interleaved, see locate
+  uint32_t lead_heads = 0;     // the first of them, in smaller sections
+  uint32_t lead_section_heads = 1;
   uint32_t heads = 0;          // B * H / pack
   uint32_t heads_per_batch = 1;
 
@@ -40,18 +42,23 @@ struct TilePlan {
 
   // Blocks start in index order. Within a section of heads whose keys and values fit the L2 cache
   // together, later query tiles come first: under a causal mask they see the most keys, and the
-  // short tiles are left to fill the gaps at the end.
+  // short tiles are left to fill the gaps at the end. The first lead_heads go in sections of
+  // lead_section_heads: the fewer heads are begun at once, the less waits for memory at once.
   // `index` < tiles() <= kMaxTiles.
   ONLINE_ATTENTION_HD TileCoord locate(uint32_t index) const {
     const uint32_t column_block = index % column_blocks;
     index /= column_blocks;
     const uint32_t split = index % splits;
     index /= splits;
-    const uint32_t section_tiles = section_heads * q_tiles;
-    const uint32_t first_head = index / section_tiles * section_heads;
+    const uint32_t lead_tiles = lead_heads * q_tiles;
+    const bool leads = index < lead_tiles;
+    if (!leads) index -= lead_tiles;
+    const uint32_t in_section = leads ? lead_section_heads : section_heads;
+    const uint32_t section_tiles = in_section * q_tiles;
+    const uint32_t first_head = (leads ? 0 : lead_heads) + index / section_tiles * in_section;
     index %= section_tiles;
-    const uint32_t heads_left = heads - first_head;
-    const uint32_t heads_here = heads_left < section_heads ? heads_left : section_heads;
+    const uint32_t heads_left = (leads ? lead_heads : heads) - first_head;
+    const uint32_t heads_here = heads_left < in_section ? heads_left : in_section;
     const uint32_t head = first_head + index % heads_here;
     return {static_cast<int32_t>(head / heads_per_batch),
             static_cast<int32_t>(head % heads_per_batch) * pack,

@@ -62,6 +62,8 @@ void bind_tile_plan(py::module_& module) {
       .def_readonly("splits", &TilePlan::splits)
       .def_readonly("section_heads", &TilePlan::section_heads)
       .def_readonly("heads", &TilePlan::heads)
+      .def_readwrite("lead_heads", &TilePlan::lead_heads)
+      .def_readwrite("lead_section_heads", &TilePlan::lead_section_heads)
       .def("tiles", &TilePlan::tiles)
       .def("locate", &TilePlan::locate)
       .def("query_begin", &TilePlan::query_begin)

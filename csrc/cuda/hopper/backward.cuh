@@ -2,9 +2,8 @@
 // Backward attention on Hopper (FlashAttention-3, section 3.3 and appendix B.1): five products in
 // one pass. docs/hopper_backward.md has the schedule and what was measured.
 //
-// One block for each SM goes from key tile to key tile (128 keys of one key and value head) and
-// steps through the query tiles that see its keys, of every query head of the group. Its
-// warpgroups:
+// A block goes from key tile to key tile (128 keys of one key and value head) and steps through the
+// query tiles that see its keys, of every query head of the group. Its warpgroups:
 //   0      producer. One thread of warp 0 chooses key tiles and brings K and V, one of warp 1
 //          brings Q, dO and the terms of their rows (BackwardLoader).
 //   1, 2   consumers, 64 keys each: S^T, dP^T, P^T and dS^T in registers, from where they go into
@@ -37,8 +36,7 @@
 namespace online_attention::cuda::hopper {
 
 template <typename Element, BackwardConfig kConfig>
-__device__ __forceinline__ void backward_block(const BackwardCall& call,
-                                               unsigned char* smem_base) {
+__device__ __forceinline__ void backward_block(const BackwardCall& call, unsigned char* smem_base) {
   const BackwardMap<kConfig> smem{ptx::shared_address(smem_base), smem_base};
   if (threadIdx.x == 0) {
     smem.init_barriers();

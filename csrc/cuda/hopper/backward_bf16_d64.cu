@@ -4,8 +4,8 @@
 namespace online_attention::cuda::hopper {
 
 template Status launch_backward<__nv_bfloat16, 64, false>(const BackwardArgs&, const BackwardPlan&,
-                                                 const BackwardBuffers&, const Launch&);
+                                                          const BackwardBuffers&, const Launch&);
 template Status launch_backward<__nv_bfloat16, 64, true>(const BackwardArgs&, const BackwardPlan&,
-                                                const BackwardBuffers&, const Launch&);
+                                                         const BackwardBuffers&, const Launch&);
 
 }  // namespace online_attention::cuda::hopper

@@ -23,8 +23,7 @@ struct BackwardBuffers {
 // interleaved: the fewer they are, the more of what their blocks share is in the L2 cache.
 inline BackwardPlan plan_blocks(const BackwardArgs& args, const BackwardConfig& config,
                                 int multiprocessors) {
-  BackwardPlan plan =
-      plan_backward(args, config.tile_m, BackwardConfig::kTileN, multiprocessors);
+  BackwardPlan plan = plan_backward(args, config.tile_m, BackwardConfig::kTileN, multiprocessors);
   if (args.mask.is_banded()) {
     const auto filling = ceil_div(static_cast<uint32_t>(multiprocessors), plan.kv_tiles);
     plan.section_heads = filling < plan.heads ? filling : plan.heads;

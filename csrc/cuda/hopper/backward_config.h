@@ -24,12 +24,14 @@ inline constexpr int kConsumersBarrier = 1;
 inline constexpr int kGradientBoxRows = 16;  // of a box of dK or dV: a warp's rows
 
 struct BackwardConfig {
-  int head_dim = 0;  // D and D_v are padded up to this inside the kernel
-  int tile_m = 0;    // queries of a step
+  int head_dim = 0;          // D and D_v are padded up to this inside the kernel
+  int tile_m = 0;            // queries of a step
   bool masked = false;       // whether the call may have a mask besides the lengths
   bool split_steps = false;  // steps that the mask cuts have code of their own
   // dV starts before dS is computed; costs tile_m / 4 registers.
   bool early_values = false;
+  // A block for each multiprocessor goes from key tile to key tile; else there is one for each.
+  bool persistent = false;
 
   static constexpr int kGroups = 2;  // warpgroups that compute, of 64 keys each
   static constexpr int kTileN = 64 * kGroups;
@@ -81,7 +83,9 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const { return marks_offset() + kTileN * 4; }
   static constexpr int kTiles = 4;  // one is stored, one computed, one on its way
   static constexpr int kBarriers = 5 + 6 * kStages;
-  ONLINE_ATTENTION_HD constexpr int tile_offset() const { return barrier_offset() + (kBarriers + 1) * 8; }
+  ONLINE_ATTENTION_HD constexpr int tile_offset() const {
+    return barrier_offset() + (kBarriers + 1) * 8;
+  }
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
     return tile_offset() + kTiles * static_cast<int>(sizeof(KeyTile));
   }
@@ -91,8 +95,10 @@ struct BackwardConfig {
     // dK and dV leave through the places of dS and dQ, 16 rows of each warp.
     const int rows_bytes = boxes() * 16 * kRowBytes;
     return ds_warp_bytes() >= rows_bytes && dq_warp_bytes() >= rows_bytes &&
-           ds_warp_bytes() % 1024 == 0 && dq_warp_bytes() % 1024 == 0 && smem_bytes() <= kSmemBytes && tile_m % 16 == 0 && head_dim % 16 == 0 &&
-           dq_queries() % 16 == 0 && (masked || !split_steps) && boxes() <= kGroups && registers * 128 <= 65536;
+           ds_warp_bytes() % 1024 == 0 && dq_warp_bytes() % 1024 == 0 &&
+           smem_bytes() <= kSmemBytes && tile_m % 16 == 0 && head_dim % 16 == 0 &&
+           dq_queries() % 16 == 0 && (masked || !split_steps) && boxes() <= kGroups &&
+           registers * 128 <= 65536;
   }
 
   // Where the terms of the rows of a tile lie, so that a thread reads those of its columns of S^T
@@ -121,16 +127,21 @@ ONLINE_ATTENTION_HD constexpr DqPlace dq_place(const BackwardConfig& config, int
 template <int kHeadDim, bool kMasked>
 inline constexpr BackwardConfig kBackward = {};
 template <>
-inline constexpr BackwardConfig kBackward<64, false> = {.head_dim = 64, .tile_m = 128};
+inline constexpr BackwardConfig kBackward<64, false> = {
+    .head_dim = 64, .tile_m = 128, .persistent = true};
 template <>
 inline constexpr BackwardConfig kBackward<64, true> = {
-    .head_dim = 64, .tile_m = 128, .masked = true};
+    .head_dim = 64, .tile_m = 96, .masked = true, .split_steps = true, .persistent = true};
 template <>
 inline constexpr BackwardConfig kBackward<96, false> = {
-    .head_dim = 96, .tile_m = 64, .early_values = true};
+    .head_dim = 96, .tile_m = 64, .early_values = true, .persistent = true};
 template <>
-inline constexpr BackwardConfig kBackward<96, true> = {
-    .head_dim = 96, .tile_m = 64, .masked = true, .split_steps = true, .early_values = true};
+inline constexpr BackwardConfig kBackward<96, true> = {.head_dim = 96,
+                                                       .tile_m = 64,
+                                                       .masked = true,
+                                                       .split_steps = true,
+                                                       .early_values = true,
+                                                       .persistent = true};
 template <>
 inline constexpr BackwardConfig kBackward<128, false> = {
     .head_dim = 128, .tile_m = 64, .early_values = true};

@@ -9,8 +9,8 @@
 
 namespace online_attention::cuda::hopper {
 
-// What is known of the steps that a copy of their code runs: no mask cuts them, it cuts all, or each
-// has to be asked.
+// What is known of the steps that a copy of their code runs: no mask cuts them, it cuts all, or
+// each has to be asked.
 enum class Steps { plain, cut, either };
 
 template <typename Element, BackwardConfig kConfig>
@@ -24,11 +24,11 @@ struct BackwardConsumer {
   int group;  // 0 or 1
   Tile keys;
   QueryStep step;
-  uint32_t index = 0;    // of the step, over all key tiles
-  uint32_t tiles = 0;    // key tiles that are done
-  bool first;            // whether it is the first step of its key tile
-  bool marked = false;   // whether some key of the block held Inf or NaN
-  float* dq_target;      // this warp's sums of the last step's dQ
+  uint32_t index = 0;   // of the step, over all key tiles
+  uint32_t tiles = 0;   // key tiles that are done
+  bool first;           // whether it is the first step of its key tile
+  bool marked = false;  // whether some key of the block held Inf or NaN
+  float* dq_target;     // this warp's sums of the last step's dQ
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
   __device__ __forceinline__ static int thread() {  // of both consumers'

@@ -43,8 +43,8 @@ const Kernels& kernels_for(const BackwardArgs& args) {
   return args.mask.is_banded() ? bucket.masked : bucket.full;
 }
 
-// The sums of dQ, the terms of the rows, the counter of tiles taken; every part begins on a multiple
-// of 256 bytes.
+// The sums of dQ, the terms of the rows, the counter of tiles taken; every part begins on a
+// multiple of 256 bytes.
 struct Sizes {
   int64_t dq_sums, terms, taken;
 
@@ -55,10 +55,11 @@ struct Sizes {
   int64_t total() const { return dq_sums + 2 * terms + taken; }
   BackwardBuffers in(void* workspace) const {
     auto* bytes = static_cast<unsigned char*>(workspace);
-    return {.lse2 = reinterpret_cast<float*>(bytes + dq_sums),
-            .delta = reinterpret_cast<float*>(bytes + dq_sums + terms),
-            .dq_sums = reinterpret_cast<float*>(bytes),
-            .taken = taken > 0 ? reinterpret_cast<uint32_t*>(bytes + dq_sums + 2 * terms) : nullptr};
+    return {
+        .lse2 = reinterpret_cast<float*>(bytes + dq_sums),
+        .delta = reinterpret_cast<float*>(bytes + dq_sums + terms),
+        .dq_sums = reinterpret_cast<float*>(bytes),
+        .taken = taken > 0 ? reinterpret_cast<uint32_t*>(bytes + dq_sums + 2 * terms) : nullptr};
   }
 };
 

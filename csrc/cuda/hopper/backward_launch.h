@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One compiled kernel: an element type, a head-dim bucket, and whether the call has a mask. Those of
-// one type and bucket are instantiated in a .cu of their own.
+// One compiled kernel: an element type, a head-dim bucket, and whether the call has a mask. Those
+// of one type and bucket are instantiated in a .cu of their own.
 #pragma once
 
 #include "core/launch.h"

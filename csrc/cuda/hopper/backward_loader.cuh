@@ -36,8 +36,7 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
   const QRange plain = seen_by_all_of(mask, kv_begin, kv_end);
   tile.plain_begin = plain.begin;
   tile.plain_end = plain.end;
-  const QRange queries =
-      mask.q_range(kv_begin, kv_end, static_cast<int32_t>(call.args.shape.S_q));
+  const QRange queries = mask.q_range(kv_begin, kv_end, static_cast<int32_t>(call.args.shape.S_q));
   tile.steps = 0;
   if (queries.size() == 0) return;
   const int32_t begin = queries.begin / kConfig.tile_m, end = ceil_div(queries.end, kConfig.tile_m);
@@ -46,8 +45,7 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
   tile.steps = (end - begin) * call.plan.group;
   // Blocks of a head that run side by side keep apart, or all would add to the same dQ.
   const auto apart = static_cast<uint32_t>(at.kv_tile) * uint64_t{static_cast<uint32_t>(end)};
-  tile.q_tile_first =
-      mask.is_banded() ? begin : static_cast<int32_t>(apart / call.plan.kv_tiles);
+  tile.q_tile_first = mask.is_banded() ? begin : static_cast<int32_t>(apart / call.plan.kv_tiles);
 }
 
 // A step of a block: a query tile of one head. Heads of the group in turn, tiles in ascending order

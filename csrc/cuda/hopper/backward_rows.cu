@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kThreads)
     finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
                      BackwardConfig config, int32_t q_tiles) {
   extern __shared__ __align__(16) unsigned char smem[];
-  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what was added to last is still in the cache
+  const uint32_t block =
+      gridDim.x - 1 - blockIdx.x;  // what was added to last is still in the cache
   auto* tile = reinterpret_cast<Element*>(smem);
   const int pitch = config.boxes() * BackwardConfig::kColumns + kVector;  // in elements
   const auto factor = static_cast<float>(args.factor);
-  const auto* fours =
-      reinterpret_cast<const float4*>(sums + int64_t{block} * config.dq_floats());
+  const auto* fours = reinterpret_cast<const float4*>(sums + int64_t{block} * config.dq_floats());
   for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kThreads) {
     const float4 x = fours[i];
     const float four[4] = {x.x, x.y, x.z, x.w};
@@ -127,8 +127,7 @@ Status finish_as(const BackwardArgs& args, const BackwardPlan& plan, const Backw
 
 Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan,
                     const BackwardConfig& config, const BackwardBuffers& buffers, void* stream) {
-  const auto prepare =
-      args.dtype == DType::f16 ? prepare_as<__half> : prepare_as<__nv_bfloat16>;
+  const auto prepare = args.dtype == DType::f16 ? prepare_as<__half> : prepare_as<__nv_bfloat16>;
   return prepare(args, plan, config, buffers, stream);
 }
 

@@ -41,8 +41,7 @@ struct BackwardTile {
   __device__ __forceinline__ static int column() { return lane() % 4 * 2; }
 
   // Starts S^T = K Q^T or dP^T = V dO^T; `keys` is where the group's rows are.
-  __device__ __forceinline__ static void start_pairs(Pairs& acc, uint32_t keys,
-                                                     uint32_t queries) {
+  __device__ __forceinline__ static void start_pairs(Pairs& acc, uint32_t keys, uint32_t queries) {
     const uint64_t a = smem_descriptor(keys, 0), b = smem_descriptor(queries, 0);
     ptx::held(acc);
     ptx::wgmma_fence();
@@ -55,8 +54,7 @@ struct BackwardTile {
     ptx::wgmma_commit();
   }
   // Starts dV += P^T dO or dK += dS^T Q.
-  __device__ __forceinline__ static void start_gradient(float (&acc)[kGradients],
-                                                        Rounded& pairs,
+  __device__ __forceinline__ static void start_gradient(float (&acc)[kGradients], Rounded& pairs,
                                                         uint32_t queries) {
     const uint64_t b = smem_descriptor(queries, kConfig.q_box_bytes());
     ptx::held(pairs);
@@ -120,8 +118,7 @@ struct BackwardTile {
       }
     }
   }
-  __device__ __forceinline__ static void round(Rounded& rounded,
-                                               const Pairs& x) {
+  __device__ __forceinline__ static void round(Rounded& rounded, const Pairs& x) {
 #pragma unroll
     for (int i = 0; i < kPairs / 2; ++i) rounded[i] = pack_pair<Element>(x[2 * i], x[2 * i + 1]);
   }
@@ -138,7 +135,8 @@ struct BackwardTile {
     }
   }
   // Zeros in P where the mask hides, whatever was there; `kv` is the group's first key.
-  __device__ __forceinline__ static void hide(Pairs& p, const Mask& mask, int32_t s_q, int32_t q_begin, int32_t kv) {
+  __device__ __forceinline__ static void hide(Pairs& p, const Mask& mask, int32_t s_q,
+                                              int32_t q_begin, int32_t kv) {
     const int32_t q_lane = q_begin + column();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -52,20 +52,29 @@ constexpr Buckets kBuckets[] = {
     one_bucket<256, 256>(),
 };
 
-// Depends on lengths alone, as args.batch_invariant asks.
-const Bucket& bucket_for(const ForwardArgs& args) {
+// Rows that a multiprocessor computes, one query tile after the other, with tiles of `m` rows.
+int64_t rows_in_turn(const Shape& s, int64_t m, int multiprocessors) {
+  return ceil_div<int64_t>(s.B * s.H * ceil_div(s.S_q, m), multiprocessors) * m;
+}
+
+// Depends on lengths alone if args.batch_invariant.
+const Bucket& bucket_for(const ForwardArgs& args, const Device& device) {
   const Shape& s = args.shape;
   const Buckets& buckets =
       *std::find_if(std::begin(kBuckets), std::end(kBuckets) - 1, [&](const Buckets& b) {
         return s.D <= b.wide.config.head_dim && s.D_v <= b.wide.config.value_dim;
       });
   const int64_t from = args.mask.is_banded() ? buckets.tall_from_masked : buckets.tall_from;
-  const bool fills = s.S_q > buckets.wide.config.tile_m();
-  return fills && s.S_kv >= from ? buckets.tall : buckets.wide;
+  const int wide = buckets.wide.config.tile_m(), tall = buckets.tall.config.tile_m();
+  if (s.S_q <= wide || s.S_kv < from) return buckets.wide;
+  // Few tiles: those of more rows may leave more of the device idle in the last turn.
+  const bool idles = !args.batch_invariant && rows_in_turn(s, wide, device.multiprocessors) * 9 <
+                                                  rows_in_turn(s, tall, device.multiprocessors) * 8;
+  return idles ? buckets.wide : buckets.tall;
 }
 
 ForwardPlan plan_for(const ForwardArgs& args, const Device& device) {
-  return plan_forward(args, bucket_for(args).config, device.multiprocessors);
+  return plan_forward(args, bucket_for(args, device).config, device.multiprocessors);
 }
 
 }  // namespace
@@ -87,7 +96,7 @@ int64_t forward_workspace_bytes(const ForwardArgs& args, const Device& device) {
 }
 
 Status forward(const ForwardArgs& args, const Launch& launch) {
-  const Bucket& bucket = bucket_for(args);
+  const Bucket& bucket = bucket_for(args, launch.device);
   return (args.dtype == DType::f16 ? bucket.f16 : bucket.bf16)(args, launch);
 }
 

@@ -30,12 +30,18 @@ ForwardPlan plan_forward(const ForwardArgs& args, const ForwardConfig& config,
   plan.first_query = seeing.begin;
   plan.last_query = seeing.begin + seeing.size();
   tiles.q_tiles = ceil_div(seeing.size() * tiles.pack, config.tile_m());
-  // Sections of short sequences are no larger than one wave of blocks: the keys and values of more
-  // heads would all be read from memory in the first wave, which waits for them.
-  constexpr uint32_t kShort = 4;
-  if (tiles.q_tiles <= kShort) {
-    const auto wave = static_cast<uint32_t>(ceil_div(multiprocessors, static_cast<int>(kShort)));
-    tiles.section_heads = std::min(tiles.section_heads, wave);
+  // The keys and values of a section's heads are read from memory in its first wave of blocks,
+  // which waits for them. So of short sequences, where that counts, all sections but the last have
+  // the heads of one wave; the last one has short tiles for the gaps at the end.
+  constexpr uint32_t kShort = 8;
+  const bool is_short = 0 < tiles.q_tiles && tiles.q_tiles <= kShort;
+  if (args.mask.is_banded() && tiles.splits == 1 && is_short) {
+    const auto wave = static_cast<uint32_t>(
+        ceil_div<int64_t>(multiprocessors, static_cast<int64_t>(tiles.q_tiles)));
+    if (wave < tiles.section_heads) {
+      tiles.lead_heads = tiles.heads - std::min(tiles.heads, tiles.section_heads);
+      tiles.lead_section_heads = wave;
+    }
   }
   return plan;
 }

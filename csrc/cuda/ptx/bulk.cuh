@@ -11,8 +11,8 @@ namespace online_attention::cuda::ptx {
 __device__ __forceinline__ void bulk_load(uint32_t shared_dst, const void* global_src,
                                           uint32_t bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_dst),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_dst),
       "l"(global_src), "r"(bytes), "r"(barrier)
       : "memory");
 }
