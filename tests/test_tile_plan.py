@@ -203,24 +203,6 @@ def test_locate_reaches_every_tile_once(whitebox: ModuleType, call: Call):
     assert sorted(located(plan)) == list(expected)
 
 
-@given(call=SMALL, lead=st.integers(0, 12), section=st.integers(1, 5))
-@example(call=SECTIONS, lead=7, section=3)
-def test_leading_heads_go_first_and_every_tile_is_reached_once(
-    whitebox: ModuleType, call: Call, lead: int, section: int
-):
-    plan = call.plan(whitebox)
-    whole = sorted(located(plan))
-    lead = min(lead, plan.heads)
-    plan.lead_heads, plan.lead_section_heads = lead, section
-    order = located(plan)
-    assert sorted(order) == whole
-    heads = [(b * call.heads + h) // call.pack for b, h, *_ in order]
-    leading = lead * plan.q_tiles * plan.splits * plan.column_blocks
-    assert all(head < lead for head in heads[:leading])
-    sections = [head // section for head in heads[:leading]]
-    assert sections == sorted(sections)
-
-
 @given(call=SMALL)
 @example(call=SECTIONS)
 @example(call=replace(SECTIONS, right=UNBOUNDED))

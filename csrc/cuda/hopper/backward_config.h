@@ -131,7 +131,7 @@ inline constexpr BackwardConfig kBackward<64, false> = {
     .head_dim = 64, .tile_m = 128, .persistent = true};
 template <>
 inline constexpr BackwardConfig kBackward<64, true> = {
-    .head_dim = 64, .tile_m = 96, .masked = true, .split_steps = true, .persistent = true};
+    .head_dim = 64, .tile_m = 128, .masked = true, .persistent = true};
 template <>
 inline constexpr BackwardConfig kBackward<96, false> = {
     .head_dim = 96, .tile_m = 64, .early_values = true, .persistent = true};
