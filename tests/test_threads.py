@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +62,13 @@ class Attention(Dataset[tuple[Tensor, ...]]):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_loader(start: str) -> None:
+    """In a process of its own: torch refuses gradients in a fork of one that ran a large backward."""
+    command = [sys.executable, __file__, start]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def check_workers_of_a_loader(start: str) -> None:
     """After the parent has used its threads, which a fork does not bring along."""
     items = Attention()
     due = [items[i][1:] for i in range(len(items))]
@@ -151,3 +160,7 @@ def test_in_compiled_code() -> None:
     for threads in (1, 3):
         torch.set_num_threads(threads)
         assert_bitwise_equal(compiled(q), eager(q), f"with {threads} threads")
+
+
+if __name__ == "__main__":
+    check_workers_of_a_loader(sys.argv[1])

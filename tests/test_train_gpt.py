@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TINY = ["--device", "cpu", "--steps", "6", "--batch", "2", "--context", "16", "--layers", "2"]
@@ -62,14 +63,16 @@ def test_both_attentions_train_alike(
 
 def test_enabled_routes_torchs_call_to_ours(train_gpt: ModuleType, tmp_path: Path):
     before = train_gpt.F.scaled_dot_product_attention
-    losses = {}
-    for names in (["online_attention", "enabled"], ["sdpa"]):
-        argv = [*TINY, "--kv-heads", "4", "--impl", *names, "--quiet", "--no-plot"]
-        assert train_gpt.main([*argv, "--out", str(tmp_path)]) == 0
-        for curve in record_of(tmp_path)["curves"]:
-            losses[curve["attention"]] = curve["training"]
+    losses, ran = {}, {}
+    for name in ("online_attention", "enabled", "sdpa"):
+        argv = [*TINY, "--kv-heads", "4", "--impl", name, "--quiet", "--no-plot"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            assert train_gpt.main([*argv, "--out", str(tmp_path)]) == 0
+        (curve,) = record_of(tmp_path)["curves"]
+        losses[name] = curve["training"]
+        ran[name] = any(e.key.startswith("online_attention::") for e in profile.key_averages())
     assert losses["enabled"] == losses["online_attention"]
-    assert losses["enabled"] != losses["sdpa"]  # by rounding
+    assert ran == {"online_attention": True, "enabled": True, "sdpa": False}
     assert train_gpt.F.scaled_dot_product_attention is before
 
 

@@ -42,23 +42,32 @@ struct TilePlan {
 
   // Blocks start in index order. Within a section of heads whose keys and values fit the L2 cache
   // together, later query tiles come first: under a causal mask they see the most keys, and the
-  // short tiles are left to fill the gaps at the end. The first lead_heads go in sections of
-  // lead_section_heads: the fewer heads are begun at once, the less waits for memory at once.
+  // short tiles are left to fill the gaps at the end.
   // `index` < tiles() <= kMaxTiles.
   ONLINE_ATTENTION_HD TileCoord locate(uint32_t index) const {
+    return locate_among(index, 0, heads, section_heads);
+  }
+
+  // The same, but the first lead_heads go in sections of lead_section_heads: the fewer heads are
+  // begun at once, the less waits for memory at once.
+  ONLINE_ATTENTION_HD TileCoord locate_led(uint32_t index) const {
+    const uint32_t lead_tiles = lead_heads * q_tiles * splits * column_blocks;
+    return index < lead_tiles ? locate_among(index, 0, lead_heads, lead_section_heads)
+                              : locate_among(index - lead_tiles, lead_heads, heads, section_heads);
+  }
+
+  // Of the heads [first, end), in sections of `section`.
+  ONLINE_ATTENTION_HD TileCoord locate_among(uint32_t index, uint32_t first, uint32_t end,
+                                             uint32_t section) const {
     const uint32_t column_block = index % column_blocks;
     index /= column_blocks;
     const uint32_t split = index % splits;
     index /= splits;
-    const uint32_t lead_tiles = lead_heads * q_tiles;
-    const bool leads = index < lead_tiles;
-    if (!leads) index -= lead_tiles;
-    const uint32_t in_section = leads ? lead_section_heads : section_heads;
-    const uint32_t section_tiles = in_section * q_tiles;
-    const uint32_t first_head = (leads ? 0 : lead_heads) + index / section_tiles * in_section;
+    const uint32_t section_tiles = section * q_tiles;
+    const uint32_t first_head = first + index / section_tiles * section;
     index %= section_tiles;
-    const uint32_t heads_left = (leads ? lead_heads : heads) - first_head;
-    const uint32_t heads_here = heads_left < in_section ? heads_left : in_section;
+    const uint32_t heads_left = end - first_head;
+    const uint32_t heads_here = heads_left < section ? heads_left : section;
     const uint32_t head = first_head + index % heads_here;
     return {static_cast<int32_t>(head / heads_per_batch),
             static_cast<int32_t>(head % heads_per_batch) * pack,

@@ -66,6 +66,7 @@ void bind_tile_plan(py::module_& module) {
       .def_readwrite("lead_section_heads", &TilePlan::lead_section_heads)
       .def("tiles", &TilePlan::tiles)
       .def("locate", &TilePlan::locate)
+      .def("locate_led", &TilePlan::locate_led)
       .def("query_begin", &TilePlan::query_begin)
       .def("query_end", &TilePlan::query_end)
       .def("keys", &TilePlan::keys)

@@ -33,7 +33,7 @@ __device__ __forceinline__ KvRange seen_by_all(const Mask& mask, int32_t q_begin
 template <ForwardConfig kConfig>
 __device__ __forceinline__ Tile tile_at(const ForwardCall& call, uint32_t index) {
   const TilePlan& plan = call.plan;
-  const TileCoord at = plan.locate(index);
+  const TileCoord at = plan.locate_led(index);
   const int32_t row_begin = call.first_query * plan.pack + at.q_tile * kConfig.tile_m();
   const int32_t row_end = min(row_begin + kConfig.tile_m(), call.last_query * plan.pack);
   const int32_t q_begin = plan.query_of(row_begin), q_end = plan.query_of(row_end - 1) + 1;
