@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""TilePlan::locate_led, where the first heads go in smaller sections, as the Hopper forward has it."""
+"""TilePlan::locate_led: the first heads go in smaller sections, as the Hopper forward has it."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Attention(Dataset[tuple[Tensor, ...]]):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_loader(start: str) -> None:
-    """In a process of its own: torch refuses gradients in a fork of one that ran a large backward."""
+    """In a process of its own: torch refuses gradients in a fork of one that ran many."""
     command = [sys.executable, __file__, start]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
