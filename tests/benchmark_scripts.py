@@ -15,7 +15,6 @@ TINY = ["--device", "cpu", "--shapes", "2,4,2,24,24,16,16", "--rounds", "2", "--
 
 @contextmanager
 def neighbours_importable():
-    """The scripts import their neighbours by name, as they do when run from the command line."""
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))

@@ -104,6 +104,23 @@ def one_thread(threads_restored: None) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def benchmarks_on_path() -> Iterator[None]:
+    """The scripts import their neighbours by name, as they do when run from the command line."""
+    import benchmark_scripts
+
+    with benchmark_scripts.neighbours_importable():
+        yield
+
+
+@pytest.fixture(scope="module")
+def attention_script(benchmarks_on_path: None) -> ModuleType:
+    """The module benchmarks/attention.py."""
+    import benchmark_scripts
+
+    return benchmark_scripts.load_script("attention")
+
+
 @pytest.fixture(scope="session")
 def whitebox() -> ModuleType:
     """The headers of csrc/core, compiled from tests/whitebox."""

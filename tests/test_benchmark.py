@@ -13,19 +13,9 @@ from benchmark_scripts import (
     assert_ours_within_limits,
     load_script,
     naive_attention,
-    neighbours_importable,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    with neighbours_importable():
-        yield
-
-
-@pytest.fixture(scope="module")
-def attention_script(benchmarks_on_path):
-    return load_script("attention")
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 @pytest.fixture(scope="module")
