@@ -106,19 +106,27 @@ def one_thread(threads_restored: None) -> None:
 
 @pytest.fixture(scope="module")
 def benchmarks_on_path() -> Iterator[None]:
-    """The scripts import their neighbours by name, as they do when run from the command line."""
-    import benchmark_scripts
+    """Tests import the modules of benchmarks/ by name, as its scripts do."""
+    import scripts
 
-    with benchmark_scripts.neighbours_importable():
+    with scripts.neighbours_importable(scripts.BENCHMARKS):
         yield
 
 
 @pytest.fixture(scope="module")
 def attention_script(benchmarks_on_path: None) -> ModuleType:
     """The module benchmarks/attention.py."""
-    import benchmark_scripts
+    import scripts
 
-    return benchmark_scripts.load_script("attention")
+    return scripts.load_script(scripts.BENCHMARKS / "attention.py")
+
+
+@pytest.fixture(scope="module")
+def report_script(benchmarks_on_path: None) -> ModuleType:
+    """The module benchmarks/report.py."""
+    import scripts
+
+    return scripts.load_script(scripts.BENCHMARKS / "report.py")
 
 
 @pytest.fixture(scope="session")

@@ -8,19 +8,9 @@ import json
 import pytest
 import torch
 
-from benchmark_scripts import (
-    TINY,
-    assert_ours_within_limits,
-    load_script,
-    naive_attention,
-)
+from benchmark_scripts import TINY, assert_ours_within_limits, naive_attention
 
 pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
-
-
-@pytest.fixture(scope="module")
-def report_script(benchmarks_on_path):
-    return load_script("report")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmark_scripts import load_script
-
 pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 RUN = ["--suite", "block", "--device", "cpu", "--rounds", "2", "--min-time", "0"]
@@ -150,10 +148,10 @@ def test_an_attention_that_changes_from_call_to_call_is_wrong(
     assert "dqkv of ours differs from call to call in deterministic mode" in row["reason"]
 
 
-def test_the_table_says_what_it_counts(tiny, attention_script, tmp_path):
+def test_the_table_says_what_it_counts(tiny, attention_script, report_script, tmp_path):
     argv = [*RUN, *QUIET, "--dtype", "fp32", "--baselines", "sdpa", "--out", str(tmp_path)]
     assert attention_script.main(argv) == 0
-    text = load_script("report").markdown([only_report(tmp_path)])
+    text = report_script.markdown([only_report(tmp_path)])
     assert "fp32 forward and backward, suite `block`" in text
     assert "which counts the matrix products of the attention and of every weight" in text
     assert "| block 2×4/2×24 | 16, 8, causal |" in text
