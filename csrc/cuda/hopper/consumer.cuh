@@ -10,6 +10,7 @@ namespace online_attention::cuda::hopper {
 template <typename Element, ForwardConfig kConfig>
 struct Consumer {
   using Map = SharedMap<kConfig>;
+  using Rows = WarpgroupTile<Element, kConfig>;
   static constexpr bool kTight = kConfig.value_dim > 192;  // no register to spare
 
   const ForwardCall& call;
@@ -18,7 +19,6 @@ struct Consumer {
   uint32_t opened = 0;  // query tiles before this one
   uint32_t tiles = 0;   // key tiles whose scores are done; the values of the last are still to come
   bool k_came = false;  // whether the keys of the next one are known to be there
-  using Rows = WarpgroupTile<Element, kConfig>;
   Rows rows;
   typename Rows::Scores scores;
   bool nonfinite = false;  // some value of the query tile was, see inspect_values
@@ -92,13 +92,9 @@ struct Consumer {
     nonfinite |= smem.nonfinite(stage_of(tiles)) != 0;
   }
 
-  // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter.
-  // The softmax takes the tile's columns in two halves: sums and rounding of the first run under
-  // the exponentials of the second.
-  //
-  // The branches in the softmax stand where they do because ptxas moves no instruction across one.
-  // Without them it adds each probability to its sum as soon as it has issued the exponential, and
-  // waits for that one's latency 64 times; and it lets most exponentials wait for O.
+  // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter,
+  // which must have ended before P is written: half the exponentials come first. `kPlain`: no mask
+  // cuts the tile, and the scale is positive.
   template <bool kPlain>
   __device__ __forceinline__ void step() {
     take_turn();
@@ -159,7 +155,7 @@ struct Consumer {
     ptx::held(scores);
     release_k();
     const bool inspected = prepare_scores();
-    rows.raise_maxima(scores, call.scale_log2);
+    rows.raise_to_tile(scores, call.scale_log2);
     auto w = rows.begin_weighing(scores);
     rows.template weigh<0, Rows::kScores>(scores, w);
     rows.end_weighing(scores, w);
@@ -169,7 +165,7 @@ struct Consumer {
     k_came = keys_came();
   }
 
-  // The last of the key tiles to come that no mask cuts, if one is.
+  // No mask cuts the key tiles from here on up to plain_end of the query tile.
   __device__ __forceinline__ int32_t plain_begin() const {
     return call.sign == 1 ? max(kv_begin, tile().plain_begin) : INT32_MAX;
   }

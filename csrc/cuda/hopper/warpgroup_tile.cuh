@@ -101,12 +101,12 @@ struct WarpgroupTile : WarpgroupThread {
       // Of the thread's own columns: lanes ask each other only where it matters. Read as integers,
       // of which the device takes three at once, numbers keep their order if one of them is
       // positive; if none is, none is beyond a maximum above -kSlack.
-      int32_t even = __float_as_int(scores[2 * h]), odd = even;  // two chains beat one
+      int32_t even = __float_as_int(scores[2 * h]), odd = even;
 #pragma unroll
       for (int n = 0; n < kConfig.tile_n / 8; ++n) {
         const int32_t a = __float_as_int(scores[4 * n + 2 * h]);
         const int32_t b = __float_as_int(scores[4 * n + 2 * h + 1]);
-        int32_t& chain = n % 2 == 0 || kConfig.value_dim > 192 ? even : odd;
+        int32_t& chain = n % 2 == 0 || kConfig.value_dim > 192 ? even : odd;  // if registers do
         chain = __vimax3_s32(chain, a, b);
       }
       const float m = softmax[h].m;
@@ -118,7 +118,9 @@ struct WarpgroupTile : WarpgroupThread {
     if (raised) raise_to_tile(scores, scale_log2);
     return raised;
   }
+  // The same by floating-point maxima of whole rows, whatever they are.
   __device__ __forceinline__ void raise_to_tile(Scores& scores, float scale_log2) {
+    factor = scale_log2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float even = scores[2 * h], odd = scores[2 * h + 1];
