@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a consumer warpgroup holds in registers, 64 query rows, and what it does with them.
-//
-// Accumulator of m64nN (fp32, N / 2 registers): warp w, lane 4g + t holds in register 4n + 2h + j
-//     row 16w + g + 8h, column 8n + 2t + j
-// so a thread has two rows (h) and the four lanes of equal g (a quad) hold them whole. Registers
-// 8k .. 8k + 7, rounded and paired, are the A operand of the k-th 16 columns: probabilities go from
-// one product into the next without leaving their thread.
+// What a consumer warpgroup holds in registers, 64 query rows, and what it does with them. Layout:
+// see product.cuh; probabilities go from one product into the next without leaving their thread.
 #pragma once
 
 #include "core/mask.h"
@@ -13,21 +8,10 @@
 #include "cuda/arithmetic.cuh"
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/config.h"
-#include "cuda/ptx/special.cuh"
-#include "cuda/ptx/wgmma_rs.cuh"
-#include "cuda/ptx/wgmma_ss.cuh"
+#include "cuda/hopper/product.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::hopper {
-
-// Describes a tile of rows of 128 bytes, swizzled as the copy engine leaves it, to wgmma: 1024
-// bytes from 8 rows to the next 8; `box_bytes` from one box of 64 columns to the next, which counts
-// only where the columns are the product's N.
-__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address, uint32_t box_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | (uint64_t{box_bytes >> 4} << 16) | (address >> 4);
-}
 
 // Word i of lane t of a quad goes to word t of its lane i.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
@@ -46,7 +30,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
 }
 
 template <typename Element, ForwardConfig kConfig>
-struct WarpgroupTile {
+struct WarpgroupTile : WarpgroupThread {
   static constexpr int kScores = kConfig.tile_n / 2;
   static constexpr int kOuts = kConfig.value_dim / 2;
   static constexpr float kSlack = 8;  // see SoftmaxRow::raise_lazily
@@ -59,42 +43,14 @@ struct WarpgroupTile {
   bool huge;     // some row's maximum is beyond kFusedUpTo
   float factor;  // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
-  // Read anew at every call: addresses made of them would stay in registers all the time.
-  __device__ __forceinline__ static int lane() {
-    return static_cast<int>(ptx::thread_index() % 32u);
-  }
-  __device__ __forceinline__ static int warp() {
-    return static_cast<int>(ptx::thread_index() / 32u % 4u);
-  }
-  // The row of register row h, of the warpgroup's 64.
-  __device__ __forceinline__ static int row(int h) { return 16 * warp() + lane() / 4 + 8 * h; }
-
   // Starts S = Q K^T.
   __device__ __forceinline__ void start_scores(uint32_t q, uint32_t k) {
-    const uint64_t q_tile = smem_descriptor(q, 0), k_tile = smem_descriptor(k, 0);
-    ptx::held(scores);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
-      const int box = step / 4, in_box = step % 4 * 2;  // in units of 16 bytes
-      ptx::wgmma_ss<Element>(scores, q_tile + box * (64 * 128 / 16) + in_box,
-                             k_tile + box * (kConfig.tile_n * 128 / 16) + in_box, step != 0);
-    }
-    ptx::wgmma_commit();
+    start_rows_by_rows<Element, kConfig.head_dim, 64 * 128, kConfig.tile_n * 128>(scores, q, k);
   }
-
   // Starts O += P V, or O = P V.
   __device__ __forceinline__ void start_out(uint32_t v, bool accumulate) {
-    const uint64_t v_tile = smem_descriptor(v, kConfig.tile_n * 128);
-    ptx::held(p);
-    ptx::held(out);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kConfig.tile_n / 16; ++step) {
-      ptx::wgmma_rs<Element>(out, p + 4 * step, v_tile + step * (16 * 128 / 16),
-                             step != 0 || accumulate);
-    }
-    ptx::wgmma_commit();
+    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v,
+                                                                              accumulate);
   }
 
   __device__ __forceinline__ void scale_scores(float factor) {
