@@ -11,7 +11,7 @@ import pytest
 
 from online_attention import _C
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def check_script(path: str, name: str) -> None:

@@ -27,6 +27,8 @@ namespace {
 GradientKernel gradient_kernel(DType dtype) {
 #if defined(__x86_64__)
   switch (chosen_instruction_set()) {
+    case InstructionSet::amx_bf16:
+      return amx_bf16::gradient_kernel(dtype);
     case InstructionSet::avx512_bf16:
       return avx512_bf16::gradient_kernel(dtype);
     case InstructionSet::avx512:
@@ -112,6 +114,7 @@ class Backward {
 
   void prepare(int64_t begin, int64_t end) noexcept {
     std::byte* memory = scratch();
+    const InThreadState state(kernel_.thread);
     for (int64_t set = begin; set < end && memory != nullptr; ++set) prepare(set, memory);
   }
 
@@ -241,6 +244,7 @@ class Backward::DqParts {
 void Backward::work() noexcept {
   std::byte* memory = scratch();
   if (memory == nullptr) return;
+  const InThreadState state(kernel_.thread);
   DqParts parts(*this, memory);
   const int64_t kv_heads = args_.shape.B * args_.shape.H_kv;
   for (int64_t task; (task = next_task_++) < tasks();) {

@@ -312,7 +312,8 @@ class TileBackward : TileScores<Isa, Element> {
       if (!overlap(seen_[row / kBlockRows].by_some, {key, key + kBlockRows})) continue;
       rows = {smaller(rows.begin, row), smaller(row + kBlockRows, rows_->rows)};
     }
-    return {rows.begin / kDepth, static_cast<int32_t>(steps_of<Operand>(rows.end))};
+    return {first_step_with<Operand>(rows.begin),
+            static_cast<int32_t>(steps_of<Operand>(rows.end))};
   }
 
   // (E30) dq = dS k, to be scaled at the end
@@ -321,7 +322,7 @@ class TileBackward : TileScores<Isa, Element> {
       constexpr int kVecs = decltype(vecs)::value;
       for_each_block([&]<int kRows>(Block<kRows> block) {
         const KvRange keys = seen(block).by_some;
-        const int32_t begin = keys.begin < keys.end ? keys.begin / kDepth : 0;
+        const int32_t begin = keys.begin < keys.end ? first_step_with<Operand>(keys.begin) : 0;
         multiply_panel<Operand, kRows, kVecs, kRowStride, 1, false>(
             dq_row(slot, block.row_begin) + d, memory_.D_stride,
             memory_.ds_by_key + block.row_begin * kRowStride + begin,

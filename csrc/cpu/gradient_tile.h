@@ -71,6 +71,7 @@ struct GradientKernel {
   // Adds that part of dq to the sum over key tiles, which the last of these turns into dq.
   void (*add_dq)(const KeyTile&, const QueryRows&, int slot, Turn, std::byte* scratch);
   void (*finish)(const KeyTile&, std::byte* scratch);
+  ThreadState thread = {};
 };
 
 namespace baseline {
@@ -83,6 +84,9 @@ namespace avx512 {
 GradientKernel gradient_kernel(DType dtype);
 }
 namespace avx512_bf16 {
+GradientKernel gradient_kernel(DType dtype);
+}
+namespace amx_bf16 {
 GradientKernel gradient_kernel(DType dtype);
 }
 
