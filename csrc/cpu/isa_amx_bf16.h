@@ -114,32 +114,32 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
   }
 }
 
-// add_some_values of micro_kernel.h. A single row counts as all rows of a tile: its stride is 0.
+// add_some_values of micro_kernel.h, on top of what `out` holds: narrow values leave no use for
+// sums apart. A single row counts as all rows of a tile: its stride is 0.
 template <class Operand, int kRows, int kVecs, int kStride, int kPart>
   requires amx_bf16::OfTiles<Operand>
 void add_some_values(typename Operand::Real* out, int64_t out_stride,
                      const typename Operand::Real* alpha, const typename Operand::Weight* p,
                      const typename Operand::Number* v, int64_t v_stride, KvRange steps) {
   using amx_bf16::Tiles;
+  using Lanes = typename Operand::Sums;
   constexpr int kRowTiles = kRows == 1 ? 1 : kRows / Tiles::kRows;
-  constexpr int kLanes = Operand::Sums::kLanes, kWidth = kVecs * kLanes;
   constexpr int64_t kPBytes = kRows == 1 ? 0 : kStride * sizeof *p;
+  const int64_t out_bytes = kRows == 1 ? 0 : out_stride * static_cast<int64_t>(sizeof *out);
   using Sums = amx_bf16::TileSums<kRowTiles, kVecs>;
-  Sums::zero();
+  for (int row = 0; row < kRows; ++row) {
+    if (alpha[row] == 1) continue;  // mostly: the maximum stays
+#pragma GCC unroll 2
+    for (int i = 0; i < kVecs; ++i) {
+      float* o = out + row * out_stride + i * Lanes::kLanes;
+      Lanes::store(Lanes::load(o) * Lanes::splat(alpha[row]), o);
+    }
+  }
+  Sums::load(out, out_bytes);
   for (int64_t step = steps.begin; step < steps.end; step += Tiles::kRows) {
     Sums::add(p + step * Operand::kDepth, kPBytes, v + step * v_stride, v_stride * sizeof *v);
   }
-  alignas(64) float sums[kRowTiles * Tiles::kRows * kWidth];
-  Sums::store(sums, kWidth * sizeof *sums);
-  for (int row = 0; row < kRows; ++row) {
-    const auto factor = Operand::Sums::splat(alpha[row]);
-#pragma GCC unroll 2
-    for (int d = 0; d < kWidth; d += kLanes) {
-      float* o = out + row * out_stride + d;
-      Operand::Sums::store(
-          Operand::Sums::load(o) * factor + Operand::Sums::load(sums + row * kWidth + d), o);
-    }
-  }
+  Sums::store(out, out_bytes);
 }
 
 // multiply_panel of gradient_micro_kernel.h. Where the left operand lies in steps (kRowStride is

@@ -6,8 +6,11 @@
 #include <ctime>
 #include <vector>
 
-#include "cpu/forward_kernel.h"
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
+#include "cpu/isa_amx_bf16.h"
+namespace set = online_attention::cpu::amx_bf16;
+using Stored = online_attention::cpu::Bf16;
+#elif defined(__AVX512BF16__)
 #include "cpu/isa_avx512_bf16.h"
 namespace set = online_attention::cpu::avx512_bf16;
 using Stored = online_attention::cpu::Bf16;
@@ -16,6 +19,7 @@ using Stored = online_attention::cpu::Bf16;
 namespace set = online_attention::cpu::avx512;
 using Stored = float;
 #endif
+#include "cpu/forward_kernel.h"
 
 namespace online_attention {
 template struct SoftmaxRow<float>;
@@ -53,6 +57,22 @@ double best_seconds(Work work) {
   return best;
 }
 
+#ifdef __AMX_BF16__
+void registers_alone() {
+  constexpr int kSteps = 1000;
+  using set::Tiles;
+  const double seconds = best_seconds([&] {
+    for (int step = 0; step < kSteps; ++step) {
+      Tiles::multiply_add<0, 4, 6>();
+      Tiles::multiply_add<1, 4, 7>();
+      Tiles::multiply_add<2, 5, 6>();
+      Tiles::multiply_add<3, 5, 7>();
+    }
+  });
+  const double flops = 2.0 * 4 * kSteps * Tiles::kRows * Tiles::kRows * 2 * Tiles::kRows;
+  std::printf("registers alone: %.1f GFLOP/s\n", flops / seconds / 1e9);
+}
+#else
 void registers_alone() {
   constexpr int kSteps = 1000;
   Sums::Vec total = {};
@@ -72,6 +92,7 @@ void registers_alone() {
   const double flops = 2.0 * 24 * kSteps * Sums::kLanes * Operand::kDepth;
   std::printf("registers alone: %.1f GFLOP/s\n", flops / seconds / 1e9);
 }
+#endif
 
 void pieces(int64_t D) {
   const int64_t steps = steps_of<Operand>(D);
@@ -101,6 +122,15 @@ void pieces(int64_t D) {
   });
   const double copy = best_seconds([&] { products = scores; });
   const double flops = 2.0 * kRows * kKeys * static_cast<double>(D);
+  std::vector<Number> packed(kKeys * D + 16);
+  const double pack = best_seconds([&] {
+    const auto key = [&](int i) { return reinterpret_cast<const Stored*>(k.data()) + i * D; };
+    for (int first = 0; first < kKeys; first += kPanel) {
+      pack_transposed<Operand, kPanel>(packed.data() + first * steps, D, kPanel,
+                                       [&](int i) { return key(first + i); });
+    }
+  });
+  std::printf("D %3d: packing keys %.2f ns a key\n", static_cast<int>(D), pack * 1e9 / kKeys);
   std::printf("D %3d: q k^T %.1f, p v %.1f GFLOP/s; softmax %.2f ns for 16 scores\n",
               static_cast<int>(D), flops / qk / 1e9, flops / pv / 1e9,
               (weigh - copy) * 1e9 * 16 / (kRows * kKeys));
@@ -109,6 +139,10 @@ void pieces(int64_t D) {
 }  // namespace
 
 int main() {
+#ifdef __AMX_BF16__
+  if (!set::tiles_granted()) return std::puts("no AMX here"), 1;
+  set::Tiles::configure();
+#endif
   registers_alone();
   pieces(64);
   pieces(128);
