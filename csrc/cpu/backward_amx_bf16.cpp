@@ -24,8 +24,9 @@ struct Either {
     of(tile).measure(tile, rows, scratch);
   }
   static void start(const KeyTile& tile, std::byte* scratch) { of(tile).start(tile, scratch); }
-  static void add(const KeyTile& tile, const QueryRows& rows, int slot, std::byte* scratch) {
-    of(tile).add(tile, rows, slot, scratch);
+  static void add(const KeyTile& tile, const QueryRows& rows, const QueryRows* next, int slot,
+                  std::byte* scratch) {
+    of(tile).add(tile, rows, next, slot, scratch);
   }
   static void add_dq(const KeyTile& tile, const QueryRows& rows, int slot, Turn turn,
                      std::byte* scratch) {

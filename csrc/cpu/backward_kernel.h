@@ -29,11 +29,16 @@ class TileBackward : TileScores<Isa, Element> {
     backward.zero_sums();
   }
 
-  static void add(const KeyTile& tile, const QueryRows& rows, int slot, std::byte* scratch) {
+  static void add(const KeyTile& tile, const QueryRows& rows, const QueryRows* next, int slot,
+                  std::byte* scratch) {
     TileBackward backward(tile, scratch);
     backward.take_rows(rows);
+    SetAhead<Isa, Element> ahead(tile, rows, next, kPanelKeys, kBlockRows);
     for (int panel = 0; panel < backward.keys_; panel += kPanelKeys) {
-      backward.for_each_block([&]<int kRows>(Block<kRows> block) { backward.weigh(block, panel); });
+      backward.for_each_block([&]<int kRows>(Block<kRows> block) {
+        ahead.fetch_some();
+        backward.weigh(block, panel);
+      });
     }
     if (tile.dv != nullptr) backward.add_dv();
     if (tile.dk != nullptr) backward.add_dk();
@@ -176,7 +181,7 @@ class TileBackward : TileScores<Isa, Element> {
     if (!overlap(seen(block).by_some, cell) || hidden_by_bias(block, cell)) {
       return hide(block, panel);
     }
-    Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
+    alignas(64) Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
     multiply_scores(block, scores, panel);
     if (tile_.wants_ds) {  // (E27)
       multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPanelKeys, kPartOfDp>(

@@ -167,8 +167,8 @@ class TileForward {
     if (seen.by_some.begin >= seen.by_some.end ||
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
-    Real scores[kRows * kTileKeys];
-    Real alpha[kWholeVectors<Lanes, kRows>];
+    alignas(64) Real scores[kRows * kTileKeys];
+    alignas(64) Real alpha[kWholeVectors<Lanes, kRows>];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
       hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <ctime>
+#include <memory>
+#include <new>
 #include <vector>
 
 #ifdef __AMX_BF16__
@@ -94,14 +96,29 @@ void registers_alone() {
 }
 #endif
 
+// A vector that begins with a line of the caches, as the kernels' working memory does.
+template <class T>
+struct OnLines : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = OnLines<U>;
+  };
+  T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
+  }
+  void deallocate(T* memory, std::size_t) { ::operator delete(memory, std::align_val_t{64}); }
+};
+template <class T>
+using Lines = std::vector<T, OnLines<T>>;
+
 void pieces(int64_t D) {
   const int64_t steps = steps_of<Operand>(D);
-  const auto zeros = [](int64_t count) { return std::vector<Number>(count + 16); };
+  const auto zeros = [](int64_t count) { return Lines<Number>(static_cast<std::size_t>(count)); };
   auto q = zeros(kRows * steps), k = zeros(kKeys * steps), v = zeros(kKeys * D);
-  std::vector<float> scores(kRows * kKeys), out(kRows * D), alpha(kRows, 1.0F);
+  Lines<float> scores(kRows * kKeys), out(kRows * D), alpha(kRows, 1.0F);
   for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<float>(i % 37) * 0.1F;
   constexpr int kPart = kPartOfScores<Isa, Stored>;
-  std::vector<float> products(scores.size());
+  Lines<float> products(scores.size());
   const double qk = best_seconds([&] {
     for (int key = 0; key < kKeys; key += kPanel) {
       multiply_queries_keys<Operand, kRows, kVecs, kPanel, kKeys, kPart>(
@@ -122,7 +139,7 @@ void pieces(int64_t D) {
   });
   const double copy = best_seconds([&] { products = scores; });
   const double flops = 2.0 * kRows * kKeys * static_cast<double>(D);
-  std::vector<Number> packed(kKeys * D + 16);
+  auto packed = zeros(kKeys * steps);
   const double pack = best_seconds([&] {
     const auto key = [&](int i) { return reinterpret_cast<const Stored*>(k.data()) + i * D; };
     for (int first = 0; first < kKeys; first += kPanel) {
