@@ -7,8 +7,7 @@
 // waits when it can keep no more. It waits only for tasks that were begun before its own, so that
 // any number of threads gets to the end.
 //
-// Workspace: for each row its softmax and delta (three numbers), a byte, and for the narrow types D
-// floats; four bytes for each set of rows.
+// Workspace: three numbers and a byte a row, D floats for narrow types, four bytes a set of rows.
 #include "cpu/backward.h"
 
 #include <algorithm>
