@@ -66,21 +66,10 @@ struct TileSums {
     for_each<1>([&](auto, auto c) {
       Tiles::load<kRight + c>(at(right, c * Tiles::kRowBytes), right_stride);
     });
-    fetch(at(right, Tiles::kRows * right_stride), right_stride, Tiles::kRows);
     for_each<kRowTiles, 1>([&](auto r, auto) {
       Tiles::load<kLeft + r>(at(left, r * Tiles::kRows * left_stride), left_stride);
     });
     for_each<>([](auto r, auto c) { Tiles::multiply_add<2 * r + c, kLeft + r, kRight + c>(); });
-  }
-  // Rows as wide as these tiles come into the first-level cache: a tile is loaded at once, and the
-  // processor foresees little of its rows.
-  static void fetch(const void* rows, int64_t stride, int count) {
-    for (int row = 0; row < count; ++row) {
-#pragma GCC unroll 2
-      for (int c = 0; c < kColumnTiles; ++c) {
-        __builtin_prefetch(at(rows, row * stride + c * Tiles::kRowBytes));
-      }
-    }
   }
 
  private:
@@ -150,7 +139,6 @@ void add_some_values(typename Operand::Real* out, int64_t out_stride,
   for (int64_t step = steps.begin; step < steps.end; step += Tiles::kRows) {
     Sums::add(p + step * Operand::kDepth, kPBytes, v + step * v_stride, v_stride * sizeof *v);
   }
-  Sums::fetch(out + kVecs * Lanes::kLanes, out_bytes, kRows);  // the next columns
   Sums::store(out, out_bytes);
 }
 
