@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What a consumer warpgroup of the backward holds in registers, 64 keys, and what it does with
-// them. Layout of accumulators and A operands: see warpgroup_tile.cuh. Rows are keys, columns are
+// them. Layout of accumulators and A operands: see product.cuh. Rows are keys, columns are
 // queries in S^T, P^T, dP^T and dS^T, and columns of the head in dK and dV; of dQ^T rows are
 // columns of the head and columns are queries.
 #pragma once
 
 #include "core/mask.h"
 #include "cuda/arithmetic.cuh"
+#include "cuda/fragment.cuh"
 #include "cuda/hopper/backward_config.h"
-#include "cuda/hopper/warpgroup_tile.cuh"
+#include "cuda/hopper/product.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/wgmma_ss_mn.cuh"
@@ -16,7 +17,7 @@
 namespace online_attention::cuda::hopper {
 
 template <typename Element, BackwardConfig kConfig>
-struct BackwardTile {
+struct BackwardTile : WarpgroupThread {
   static constexpr int kPairs = kConfig.tile_m / 2;        // a thread's pairs of key and query
   static constexpr int kGradients = kConfig.head_dim / 2;  // its elements of dK, and of dV
   static constexpr int kDqs = kConfig.dq_queries() / 2;
@@ -29,42 +30,16 @@ struct BackwardTile {
   float dk[kGradients];
   float dv[kGradients];
 
-  // Read anew at every call: addresses made of them would stay in registers all the time.
-  __device__ __forceinline__ static int lane() {
-    return static_cast<int>(ptx::thread_index() % 32u);
-  }
-  __device__ __forceinline__ static int warp() {
-    return static_cast<int>(ptx::thread_index() / 32u % 4u);
-  }
-  // The row of register row h, of the warpgroup's 64; the first of this thread's columns.
-  __device__ __forceinline__ static int row(int h) { return 16 * warp() + lane() / 4 + 8 * h; }
-  __device__ __forceinline__ static int column() { return lane() % 4 * 2; }
-
   // Starts S^T = K Q^T or dP^T = V dO^T; `keys` is where the group's rows are.
   __device__ __forceinline__ static void start_pairs(Pairs& acc, uint32_t keys, uint32_t queries) {
-    const uint64_t a = smem_descriptor(keys, 0), b = smem_descriptor(queries, 0);
-    ptx::held(acc);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
-      const int box = step / 4, in_box = step % 4 * 2;  // in units of 16 bytes
-      ptx::wgmma_ss<Element>(acc, a + box * (kKvBoxBytes / 16) + in_box,
-                             b + box * (kConfig.q_box_bytes() / 16) + in_box, step != 0);
-    }
-    ptx::wgmma_commit();
+    start_rows_by_rows<Element, kConfig.head_dim, kKvBoxBytes, kConfig.q_box_bytes()>(acc, keys,
+                                                                                      queries);
   }
   // Starts dV += P^T dO or dK += dS^T Q.
   __device__ __forceinline__ static void start_gradient(float (&acc)[kGradients], Rounded& pairs,
                                                         uint32_t queries) {
-    const uint64_t b = smem_descriptor(queries, kConfig.q_box_bytes());
-    ptx::held(pairs);
-    ptx::held(acc);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kConfig.tile_m / 16; ++step) {
-      ptx::wgmma_rs<Element>(acc, pairs + 4 * step, b + step * (16 * kRowBytes / 16), true);
-    }
-    ptx::wgmma_commit();
+    start_registers_by_columns<Element, kConfig.tile_m, kConfig.q_box_bytes()>(acc, pairs, queries,
+                                                                               true);
   }
   // Starts the group's part of dQ^T = K^T dS^T.
   __device__ __forceinline__ static void start_dq(Dq& acc, uint32_t k, uint32_t ds, int group) {

@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a consumer warpgroup holds in registers, 64 query rows, and what it does with them.
-//
-// Accumulator of m64nN (fp32, N / 2 registers): warp w, lane 4g + t holds in register 4n + 2h + j
-//     row 16w + g + 8h, column 8n + 2t + j
-// so a thread has two rows (h) and the four lanes of equal g (a quad) hold them whole. Registers
-// 8k .. 8k + 7, rounded and paired, are the A operand of the k-th 16 columns: probabilities go from
-// one product into the next without leaving their thread.
+// What a consumer warpgroup holds in registers, 64 query rows, and what it does with them. Layout:
+// see product.cuh; probabilities go from one product into the next without leaving their thread.
 #pragma once
 
 #include "core/mask.h"
@@ -13,21 +8,11 @@
 #include "cuda/arithmetic.cuh"
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/config.h"
-#include "cuda/ptx/special.cuh"
-#include "cuda/ptx/wgmma_rs.cuh"
-#include "cuda/ptx/wgmma_ss.cuh"
+#include "cuda/hopper/product.cuh"
+#include "cuda/ptx/approximate.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::hopper {
-
-// Describes a tile of rows of 128 bytes, swizzled as the copy engine leaves it, to wgmma: 1024
-// bytes from 8 rows to the next 8; `box_bytes` from one box of 64 columns to the next, which counts
-// only where the columns are the product's N.
-__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address, uint32_t box_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | (uint64_t{box_bytes >> 4} << 16) | (address >> 4);
-}
 
 // Word i of lane t of a quad goes to word t of its lane i.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
@@ -46,66 +31,39 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
 }
 
 template <typename Element, ForwardConfig kConfig>
-struct WarpgroupTile {
+struct WarpgroupTile : WarpgroupThread {
   static constexpr int kScores = kConfig.tile_n / 2;
   static constexpr int kOuts = kConfig.value_dim / 2;
   static constexpr float kSlack = 8;  // see SoftmaxRow::raise_lazily
 
-  float scores[kScores];
+  // Those of one key tile: S, then exponents, then probabilities before rounding.
+  using Scores = float[kScores];
+
   float out[kOuts];
   uint32_t p[kScores / 2];
   SoftmaxRow<float> softmax[2];
   float alpha[2];
-  bool huge;     // some row's maximum is beyond kFusedUpTo
   float factor;  // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
-  // Read anew at every call: addresses made of them would stay in registers all the time.
-  __device__ __forceinline__ static int lane() {
-    return static_cast<int>(ptx::thread_index() % 32u);
-  }
-  __device__ __forceinline__ static int warp() {
-    return static_cast<int>(ptx::thread_index() / 32u % 4u);
-  }
-  // The row of register row h, of the warpgroup's 64.
-  __device__ __forceinline__ static int row(int h) { return 16 * warp() + lane() / 4 + 8 * h; }
-
   // Starts S = Q K^T.
-  __device__ __forceinline__ void start_scores(uint32_t q, uint32_t k) {
-    const uint64_t q_tile = smem_descriptor(q, 0), k_tile = smem_descriptor(k, 0);
-    ptx::held(scores);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
-      const int box = step / 4, in_box = step % 4 * 2;  // in units of 16 bytes
-      ptx::wgmma_ss<Element>(scores, q_tile + box * (64 * 128 / 16) + in_box,
-                             k_tile + box * (kConfig.tile_n * 128 / 16) + in_box, step != 0);
-    }
-    ptx::wgmma_commit();
+  __device__ __forceinline__ void start_scores(Scores& scores, uint32_t q, uint32_t k) {
+    start_rows_by_rows<Element, kConfig.head_dim, 64 * 128, kConfig.tile_n * 128>(scores, q, k);
   }
-
   // Starts O += P V, or O = P V.
   __device__ __forceinline__ void start_out(uint32_t v, bool accumulate) {
-    const uint64_t v_tile = smem_descriptor(v, kConfig.tile_n * 128);
-    ptx::held(p);
-    ptx::held(out);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kConfig.tile_n / 16; ++step) {
-      ptx::wgmma_rs<Element>(out, p + 4 * step, v_tile + step * (16 * 128 / 16),
-                             step != 0 || accumulate);
-    }
-    ptx::wgmma_commit();
+    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v,
+                                                                              accumulate);
   }
 
-  __device__ __forceinline__ void scale_scores(float factor) {
+  __device__ __forceinline__ void scale_scores(Scores& scores, float factor) {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) scores[i] = rounded_product(scores[i], factor);
   }
 
   // Hides what the mask hides: those scores become -inf, whatever they were.
   // `row_begin` is the warpgroup's first row.
-  __device__ __forceinline__ void hide(const Mask& mask, const TilePlan& plan, int32_t row_begin,
-                                       int32_t kv) {
+  __device__ __forceinline__ void hide(Scores& scores, const Mask& mask, const TilePlan& plan,
+                                       int32_t row_begin, int32_t kv) {
     const int32_t kv_lane = kv + lane() % 4 * 2;
     // The columns that the whole warp sees end where its first row's do, or its last one sees none.
     const int32_t first_q = plan.query_of(row_begin + 16 * warp());
@@ -142,80 +100,113 @@ struct WarpgroupTile {
     for (int h = 0; h < 2; ++h) {
       softmax[h] = {};
     }
-    huge = false;
   }
 
   // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
   // to the new ones, by alpha: rarely after the first tiles.
-  __device__ __forceinline__ bool raise_maxima(float scale_log2) {
-    float tile_max[2];  // of the thread's own columns: lanes ask each other only where it matters
+  __device__ __forceinline__ bool raise_maxima(Scores& scores, float scale_log2) {
     bool beyond = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float even = scores[2 * h], odd = scores[2 * h + 1];  // two chains are faster than one
+      // Of the thread's own columns: lanes ask each other only where it matters. Read as integers,
+      // of which the device takes three at once, numbers keep their order if one of them is
+      // positive; if none is, none is beyond a maximum above -kSlack.
+      int32_t even = __float_as_int(scores[2 * h]), odd = even;  // two chains beat one
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+        const int32_t a = __float_as_int(scores[4 * n + 2 * h]);
+        const int32_t b = __float_as_int(scores[4 * n + 2 * h + 1]);
+        int32_t& chain = n % 2 == 0 || kConfig.value_dim > 192 ? even : odd;
+        chain = __vimax3_s32(chain, a, b);
+      }
+      const float m = softmax[h].m;
+      beyond |= __int_as_float(max(even, odd)) * scale_log2 - m > kSlack ||
+                __float_as_uint(m + kSlack) > __float_as_uint(kFusedUpTo<float>);
+    }
+    const bool raised = __any_sync(0xffffffffu, beyond);
+    factor = scale_log2;
+    if (raised) raise_to_tile(scores, scale_log2);
+    return raised;
+  }
+  __device__ __forceinline__ void raise_to_tile(Scores& scores, float scale_log2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float even = scores[2 * h], odd = scores[2 * h + 1];
 #pragma unroll
       for (int n = 1; n < kConfig.tile_n / 8; ++n) {
         even = max_of(even, scores[4 * n + 2 * h]);
         odd = max_of(odd, scores[4 * n + 2 * h + 1]);
       }
-      tile_max[h] = max_of(even, odd);
-      beyond |= tile_max[h] * scale_log2 - softmax[h].m > kSlack;
+      const float tile_max = max_of(even, odd);
+      alpha[h] = softmax[h].raise_lazily(quad_max(tile_max) * scale_log2, kSlack);
+      softmax[h].absorb(alpha[h], 0);
     }
-    const bool raised = __any_sync(0xffffffffu, beyond || huge);
-    factor = scale_log2;
-    if (raised) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        alpha[h] = softmax[h].raise_lazily(quad_max(tile_max[h]) * scale_log2, kSlack);
-        softmax[h].absorb(alpha[h], 0);
-      }
-      huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
-                                         fabsf(softmax[1].base()) > kFusedUpTo<float>);
-      if (huge) {
-        scale_scores(scale_log2);
-        factor = 1;
-      }
+    const bool huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
+                                                  fabsf(softmax[1].base()) > kFusedUpTo<float>);
+    if (huge) {
+      scale_scores(scores, scale_log2);
+      factor = 1;
     }
-    return raised;
   }
 
-  // Half of the tile's columns, first or second: its registers.
-  static constexpr int kMiddle = kScores / 16 * 8;
-  template <int kHalf>
-  static constexpr int kBegin = kHalf == 0 ? 0 : kMiddle;
-  template <int kHalf>
-  static constexpr int kEnd = kHalf == 0 ? kMiddle : kScores;
-
-  // (E7) The scores become exponents, and those of one half probabilities.
-  __device__ __forceinline__ void subtract_maxima() {
-    const float base[2] = {softmax[0].base(), softmax[1].base()};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) scores[i] = fmaf(scores[i], factor, -base[i / 2 % 2]);
+  // (E7), (E8) Exponents, probabilities, sums, rounding of a key tile. Instructions are written in
+  // the order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
+  // stands between two of them, for scores that come later or earlier, is free.
+  static constexpr int kMiddle = kScores / 16 * 8;  // from here on P may be written
+  static constexpr int kLead = 8, kLag = 8;
+  struct Weighing {
+    float base[2];
+    float sum[4];
+  };
+  __device__ __forceinline__ float exponent(float score, const Weighing& w, int i) const {
+    return fmaf(score, factor, -w.base[i / 2 % 2]);
   }
-  template <int kHalf>
-  __device__ __forceinline__ void weigh() {
+  __device__ __forceinline__ Weighing begin_weighing(Scores& scores) {
+    Weighing w = {{softmax[0].base(), softmax[1].base()}, {}};
 #pragma unroll
-    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) scores[i] = exp2_of(scores[i]);
+    for (int i = 0; i < kLead; ++i) scores[i] = exponent(scores[i], w, i);
+    return w;
   }
-  // (E8) for the sums, which stay spread over the quad, and P of one half, rounded: not while a
-  // product reads the last one.
-  template <int kHalf>
-  __device__ __forceinline__ void absorb() {
-    float sum[4] = {};
+  __device__ __forceinline__ void round(const Scores& scores, int pair) {
+    p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
+  }
+  // Pairs rounded before the i-th exponential.
+  ONLINE_ATTENTION_HD static constexpr int rounded_before(int i) {
+    const int steps = i - kMiddle, weighed = (i - kLag) / 2;
+    return i < kMiddle || i < kLag ? 0 : steps < weighed ? steps : weighed;
+  }
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void weigh(Scores& scores, Weighing& w) {
 #pragma unroll
-    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) sum[i % 4] += scores[i];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sum[2 * h] + sum[2 * h + 1]);
-#pragma unroll
-    for (int i = kBegin<kHalf> / 2; i < kEnd<kHalf> / 2; ++i) {
-      p[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
+    for (int i = kBegin; i < kEnd; ++i) {
+      scores[i] = exp2_of(scores[i]);
+      if (i + kLead < kScores) scores[i + kLead] = exponent(scores[i + kLead], w, i + kLead);
+      if (i >= kLag) w.sum[(i - kLag) % 4] += scores[i - kLag];
+      if (rounded_before(i + 1) > rounded_before(i)) round(scores, rounded_before(i));
     }
+  }
+  __device__ __forceinline__ void end_weighing(const Scores& scores, Weighing& w) {
+#pragma unroll
+    for (int i = kScores - kLag; i < kScores; ++i) w.sum[i % 4] += scores[i];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, w.sum[2 * h] + w.sum[2 * h + 1]);
+#pragma unroll
+    for (int i = rounded_before(kScores); i < kScores / 2; ++i) round(scores, i);
   }
 
   // The sums of whole rows, after the last tile.
   __device__ __forceinline__ void sum_quads() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) softmax[h].l = quad_sum(softmax[h].l);
+  }
+
+  // (E9), (E10). The sum of a row that saw a key lies between 1 and 2^kSlack S_kv, where the
+  // approximate instructions are good to 2^-22.
+  __device__ __forceinline__ float inverse_sum(int h) const {
+    return softmax[h].l == 0 ? 0 : ptx::reciprocal(softmax[h].l);
+  }
+  __device__ __forceinline__ float lse(int h) const {
+    return (softmax[h].m + ptx::log2(softmax[h].l)) * static_cast<float>(kLn2);
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
