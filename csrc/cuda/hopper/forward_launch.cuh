@@ -45,7 +45,7 @@ inline Status describe_call(const ForwardArgs& args, const ForwardConfig& config
 // Fills in the rest.
 inline void place_workspace(void* workspace, ForwardCall& call) {
   call.taken = ForwardPlan::counts(call.args) ? static_cast<uint32_t*>(workspace) : nullptr;
-  void* behind = static_cast<char*>(workspace) + ForwardPlan::kCounterBytes;
+  void* behind = static_cast<char*>(workspace) + ForwardPlan::counter_bytes(call.args);
   call.partial = SplitBuffers<float>::in(behind, call.plan, call.args.shape);
 }
 

@@ -15,10 +15,13 @@ struct ForwardPlan {
   // Masked calls count the tiles taken; full ones have tiles of one length.
   static bool counts(const ForwardArgs& args) { return args.mask.is_banded(); }
 
-  // The workspace: the counter, then the partial results.
-  static constexpr int64_t kCounterBytes = 256;  // so that what follows is aligned
+  // The workspace: the counter, then the partial results. None where a call has neither: asking
+  // torch's allocator takes host time.
+  static int64_t counter_bytes(const ForwardArgs& args) {
+    return counts(args) ? 256 : 0;  // so that what follows is aligned
+  }
   int64_t workspace_bytes(const ForwardArgs& args) const {
-    return kCounterBytes + SplitBuffers<float>::bytes(tiles, args.shape);
+    return counter_bytes(args) + SplitBuffers<float>::bytes(tiles, args.shape);
   }
 };
 
