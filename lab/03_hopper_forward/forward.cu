@@ -45,10 +45,11 @@ __global__ void __launch_bounds__(128 * (G + 1), 1)
 template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
 Status run(const ForwardArgs& args, int grid) {
   constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
+  const ForwardPlan plan = plan_forward(args, config, 132);
   ForwardCall call;
-  const Status status = describe_call(args, config, 132, call);
+  const Status status = describe_call(args, config, plan, call);
   if (status != kOk) return status;
-  place_workspace(workspace(), call);
+  place_workspace(workspace(), plan, call);
   if (call.taken) CHECK(cudaMemsetAsync(call.taken, 0, 4));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(grid, call.plan.tiles()));
   const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS, T>, blocks,

@@ -10,5 +10,6 @@ PYBIND11_MODULE(whitebox, module) {
   whitebox::bind_dropout(module);
   whitebox::bind_tile_plan(module);
   whitebox::bind_backward_plan(module);
+  whitebox::bind_hopper_forward(module);
   whitebox::bind_hopper_backward(module);
 }
