@@ -14,21 +14,30 @@ struct BackwardBuffers {
   float* delta = nullptr;
   // fp32 sums of dQ before the scale, a tile after the other as dq_place has them.
   float* dq_sums = nullptr;
-  // How many key tiles have been taken beyond the first of each block, 0 at the start; nullptr:
-  // blocks take turns.
+  // For each query tile and each group's part of its dQ: how many key tiles have begun to add (low
+  // half) and how many have done so. 0 at the start.
+  uint64_t* added = nullptr;
+  // How many key tiles have been taken, in calls that are not deterministic beyond the first of
+  // each block. 0 at the start; nullptr: blocks take turns.
   uint32_t* taken = nullptr;
 };
 
-// Under a mask, whose key tiles differ in length, the heads that fill the device once are
-// interleaved: the fewer they are, the more of what their blocks share is in the L2 cache. Of few
-// tiles all are, or long ones would begin when there is nothing left to do beside them.
+// Which heads are interleaved, so that their blocks run side by side.
+//
+// Under a mask, whose key tiles differ in length, those that fill the device once: the fewer they
+// are, the more of what their blocks share is in the L2 cache. Of few tiles all are, or long ones
+// would begin when there is nothing left to do beside them.
+//
+// In deterministic calls more of them: each key tile of a head goes its way a step behind the one
+// before, and the fewer of them run side by side, the less they have to wait.
 inline BackwardPlan plan_blocks(const BackwardArgs& args, const BackwardConfig& config,
                                 int multiprocessors) {
   BackwardPlan plan = plan_backward(args, config.tile_m, BackwardConfig::kTileN, multiprocessors);
-  if (args.mask.is_banded()) {
+  if (args.mask.is_banded() || args.deterministic) {
     constexpr int64_t kFewRounds = 8;
     const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * multiprocessors;
-    const auto filling = ceil_div(static_cast<uint32_t>(multiprocessors), plan.kv_tiles);
+    const auto rounds = static_cast<uint32_t>(args.deterministic ? 4 : 1);
+    const auto filling = ceil_div(rounds * static_cast<uint32_t>(multiprocessors), plan.kv_tiles);
     plan.section_heads = few || filling >= plan.heads ? plan.heads : filling;
   }
   return plan;

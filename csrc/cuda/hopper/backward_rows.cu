@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/hopper/backward_rows.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "core/softmax_row.h"
-#include "cuda/fragment.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/griddep.cuh"
 
 namespace online_attention::cuda::hopper {
 namespace {
@@ -19,25 +22,26 @@ struct alignas(16) Pack {
 // Padding rows: P is 0 there, and they must not look like rows that hold Inf or NaN.
 constexpr float kPaddingLse = 1e38f;
 
-// 8 threads share a row of 64 columns, 16 one of 128. What a row reads and zeroes does not depend
-// on the others, so that a row's terms are the same in any batch.
+// 8 threads share a row of 64 columns, 16 one of 128. What a row reads does not depend on the
+// others, so that a row's terms are the same in any batch.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardArgs args,
                         const __grid_constant__ BackwardBuffers buffers, int64_t rows,
-                        int32_t head_rows, int lanes) {
+                        int32_t head_rows, int32_t tile_m, int lanes) {
+  ptx::let_kernel_behind_start();
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
-  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is written last is used first
+  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is read last is used first
   const int64_t row = int64_t{block} * (kThreads / lanes) + threadIdx.x / lanes;
   if (buffers.taken != nullptr && row == 0 && lane == 0) *buffers.taken = 0;
   if (row >= rows) return;  // whole rows, of half a warp at least
   const int64_t head = row / head_rows;
   const auto s = static_cast<int32_t>(row % head_rows);
+  const int64_t b = head / shape.H, h = head % shape.H;
   float sum = 0;
   const bool exists = s < shape.S_q;
   if (exists && lane * kVector < shape.D_v) {
-    const int64_t b = head / shape.H, h = head % shape.H;
     const auto* out = args.out.template row<const Element>(b, h, s) + lane * kVector;
     const auto* dout = args.dout.template row<const Element>(b, h, s) + lane * kVector;
     const auto x = *reinterpret_cast<const Pack<Element>*>(out);
@@ -47,9 +51,17 @@ __global__ void __launch_bounds__(kThreads)
       sum += static_cast<float>(x.e[e]) * static_cast<float>(y.e[e]);
     }
   }
-  float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * lanes * kVector);
-  zeros[lane] = float4{};
-  zeros[lane + lanes] = float4{};
+  if (args.mask.is_banded() && exists && lane * kVector < shape.D && args.dq.data != nullptr) {
+    // A query tile that sees no key gets its dQ here, nobody else comes by.
+    const int32_t q_begin = s / tile_m * tile_m;
+    const int32_t q_end = min(q_begin + tile_m, static_cast<int32_t>(shape.S_q));
+    if (args.mask.kv_range(q_begin, q_end).size() == 0) {
+      *reinterpret_cast<uint4*>(args.dq.template row<Element>(b, h, s) + lane * kVector) = uint4{};
+    }
+  }
+  if (s % tile_m == 0 && lane < BackwardConfig::kGroups) {
+    buffers.added[row / tile_m * BackwardConfig::kGroups + lane] = 0;
+  }
   const uint32_t among = lanes == 32 ? ~0u : ((1u << lanes) - 1) << (threadIdx.x % 32u - lane);
   for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(among, sum, other);
   if (lane != 0) return;
@@ -67,42 +79,6 @@ __global__ void __launch_bounds__(kThreads)
       lse == -kInfinity<float> ? kInfinity<float> : SoftmaxRow<float>::from_lse(lse).m;
 }
 
-// A block for each query tile of each head, which scales, rounds and writes its dQ.
-template <typename Element>
-__global__ void __launch_bounds__(kThreads)
-    finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
-                     BackwardConfig config, int32_t q_tiles) {
-  extern __shared__ __align__(16) unsigned char smem[];
-  const uint32_t block =
-      gridDim.x - 1 - blockIdx.x;  // what was added to last is still in the cache
-  auto* tile = reinterpret_cast<Element*>(smem);
-  const int pitch = config.boxes() * BackwardConfig::kColumns + kVector;  // in elements
-  const auto factor = static_cast<float>(args.factor);
-  const auto* fours = reinterpret_cast<const float4*>(sums + int64_t{block} * config.dq_floats());
-  for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kThreads) {
-    const float4 x = fours[i];
-    const float four[4] = {x.x, x.y, x.z, x.w};
-    const DqPlace at = dq_place(config, 4 * i);
-    Element* target = tile + at.query * pitch + at.column;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      target[e % 2 * pitch + e / 2 * 8] = static_cast<Element>(four[e] * factor);
-    }
-  }
-  __syncthreads();
-  const int64_t head = block / q_tiles;
-  const int32_t q_begin = block % q_tiles * config.tile_m;
-  const int64_t b = head / args.shape.H, h = head % args.shape.H;
-  const int chunks = static_cast<int>(args.shape.D) / kVector;
-  for (int i = threadIdx.x; i < config.tile_m * chunks; i += kThreads) {
-    const int row = i / chunks, column = i % chunks * kVector;
-    if (q_begin + row >= args.shape.S_q) break;
-    Element* target = args.dq.template row<Element>(b, h, q_begin + row) + column;
-    *reinterpret_cast<uint4*>(target) =
-        *reinterpret_cast<const uint4*>(tile + row * pitch + column);
-  }
-}
-
 template <typename Element>
 Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                   const BackwardBuffers& buffers, void* stream) {
@@ -110,17 +86,7 @@ Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const Back
   const auto head_rows = static_cast<int32_t>(plan.q_tiles * config.tile_m);
   const int64_t rows = args.shape.B * args.shape.H * head_rows;
   return launch(prepare_rows_kernel<Element>, ceil_div<int64_t>(rows, kThreads / lanes), kThreads,
-                0, stream, args, buffers, rows, head_rows, lanes);
-}
-
-template <typename Element>
-Status finish_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
-                 const BackwardBuffers& buffers, void* stream) {
-  const int bytes =
-      config.tile_m * (config.boxes() * BackwardConfig::kColumns + kVector) * sizeof(Element);
-  return launch(finish_dq_kernel<Element>, plan.dq_tiles(), kThreads, bytes, stream, args,
-                static_cast<const float*>(buffers.dq_sums), config,
-                static_cast<int32_t>(plan.q_tiles));
+                0, stream, args, buffers, rows, head_rows, config.tile_m, lanes);
 }
 
 }  // namespace
@@ -129,12 +95,6 @@ Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan,
                     const BackwardConfig& config, const BackwardBuffers& buffers, void* stream) {
   const auto prepare = args.dtype == DType::f16 ? prepare_as<__half> : prepare_as<__nv_bfloat16>;
   return prepare(args, plan, config, buffers, stream);
-}
-
-Status finish_dq(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
-                 const BackwardBuffers& buffers, void* stream) {
-  const auto finish = args.dtype == DType::f16 ? finish_as<__half> : finish_as<__nv_bfloat16>;
-  return finish(args, plan, config, buffers, stream);
 }
 
 }  // namespace online_attention::cuda::hopper
