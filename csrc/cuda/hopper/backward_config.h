@@ -18,6 +18,11 @@ struct KeyTile {
   int32_t steps;  // query tiles, of all heads of the group; -1: there is no further key tile
 };
 
+// A step of a block: a query tile of one head.
+struct QueryStep {
+  int32_t h, q_tile;
+};
+
 // A step's addition to dQ: which query tile, and how many key tiles add to it before and after.
 struct DqTask {
   uint32_t index;  // among the query tiles of all heads
@@ -84,7 +89,7 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int terms_bytes() const { return tile_m * 4; }
 
   // Offsets: K, V, Q, dO, dS, dQ, the sums of dQ, the terms of the query rows (lse, delta), marks
-  // of the keys, barriers of 8 bytes each, KeyTiles, DqTasks.
+  // of the keys, barriers of 8 bytes each, KeyTiles, DqTasks, QuerySteps.
   ONLINE_ATTENTION_HD constexpr int v_offset() const { return kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int q_offset() const { return 2 * kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int dout_offset() const { return q_offset() + kStages * q_bytes(); }
@@ -111,8 +116,11 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int task_offset() const {
     return tile_offset() + kTiles * static_cast<int>(sizeof(KeyTile));
   }
-  ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
+  ONLINE_ATTENTION_HD constexpr int step_offset() const {
     return task_offset() + kTasks * static_cast<int>(sizeof(DqTask));
+  }
+  ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
+    return step_offset() + kStages * static_cast<int>(sizeof(QueryStep));
   }
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {

@@ -23,7 +23,6 @@ struct BackwardConsumer {
   const Map& smem;
   int group;  // 0 or 1
   Tile keys;
-  QueryStep step;
   uint32_t index = 0;   // of the step, over all key tiles
   uint32_t tiles = 0;   // key tiles that are done
   bool first;           // whether it is the first step of its key tile
@@ -34,6 +33,8 @@ struct BackwardConsumer {
     return static_cast<int>(ptx::thread_index()) - 128;
   }
   __device__ __forceinline__ const KeyTile& tile() const { return smem.tile(tiles); }
+  // Of this step, once its queries have come.
+  __device__ __forceinline__ const QueryStep& step() const { return smem.step(stage_of(index)); }
   __device__ __forceinline__ static void wait_for_consumers() {
     ptx::barrier_sync(kConsumersBarrier, kThreads);
   }
@@ -92,11 +93,11 @@ struct BackwardConsumer {
   __device__ __forceinline__ void add_nonfinite_dout() {
     const BackwardArgs& args = call.args;
     const int32_t kv = tile().kv_begin + 64 * group;
-    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    const int32_t q_begin = step().q_tile * kConfig.tile_m;
     const int32_t q_end = min(q_begin + kConfig.tile_m, static_cast<int32_t>(args.shape.S_q));
 #pragma unroll 1
     for (int32_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
-      const Element* row = args.dout.row<const Element>(tile().b, step.h, q_idx);
+      const Element* row = args.dout.row<const Element>(tile().b, step().h, q_idx);
       const KvRange seen = args.mask.kv_range(q_idx, q_idx + 1);
 #pragma unroll
       for (int i = 0; i < Tile::kGradients; ++i) {
@@ -108,11 +109,12 @@ struct BackwardConsumer {
     }
   }
 
-  // Whether more is to be done about the step than the five products.
+  // Whether more is to be done about the step than the five products. Waits for its queries.
   __device__ __forceinline__ bool is_cut() const {
     if (marked) return true;
+    wait(smem.q_full(stage_of(index)), phase_of(index));
     const KeyTile& of = tile();
-    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    const int32_t q_begin = step().q_tile * kConfig.tile_m;
     return q_begin < of.plain_begin || q_begin + kConfig.tile_m > of.plain_end;
   }
 
@@ -136,13 +138,13 @@ struct BackwardConsumer {
   template <Steps kSteps>
   __device__ __forceinline__ void run_step(typename Tile::Rounded& ds_rounded) {
     constexpr bool kMayBeCut = kSteps != Steps::plain, kDrained = kSteps == Steps::cut;
-    const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
     const int stage = stage_of(index), last = stage ^ 1;
     const uint32_t phase = phase_of(index);
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
     typename Tile::Rounded p_rounded;
     wait(smem.q_full(stage), phase);
     keys.start_pairs(p, rows_of(smem.k()), smem.q(stage));
+    const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
     if constexpr (!kConfig.early_values) {
       if constexpr (!kDrained) {
         ptx::wgmma_wait<1>();
@@ -167,7 +169,7 @@ struct BackwardConsumer {
     keys.weigh(p, call.factor_log2, smem.lse2(stage));
     if (cut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
-                step.q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
+                step().q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
     }
     if constexpr (kConfig.early_values) keys.round(p_rounded, p);
     ptx::wgmma_wait<0>();
@@ -204,7 +206,6 @@ struct BackwardConsumer {
       hand_on(dq);
     }
     if constexpr (kDrained) finish_dk(ds_rounded);
-    step.advance(call, tile());
     ++index;
     first = false;
   }
@@ -242,7 +243,6 @@ struct BackwardConsumer {
   }
   // The steps up to `end`.
   __device__ __forceinline__ void run_tile(uint32_t end) {
-    step = first_step(call, tile());
     first = true;
     if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
     if constexpr (!kConfig.masked) {

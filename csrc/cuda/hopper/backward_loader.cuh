@@ -51,24 +51,21 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
                                               : static_cast<int32_t>(apart / call.plan.kv_tiles);
 }
 
-// A step of a block: a query tile of one head. The heads of the group in turn; tiles in ascending
-// order from the first one on, then those before it; in deterministic calls in descending order.
-struct QueryStep {
-  int32_t h, q_tile;
-
-  __device__ __forceinline__ void advance(const BackwardCall& call, const KeyTile& tile) {
-    const int32_t group = call.plan.group;
-    if (++h < (tile.h_kv + 1) * group) return;
-    h -= group;
-    if (call.args.deterministic) {
-      --q_tile;
-    } else if (++q_tile == tile.q_tile_end) {
-      q_tile = tile.q_tile_begin;
-    }
-  }
-};
+// The steps of a key tile: the heads of the group in turn; query tiles in ascending order from the
+// first one on, then those before it; in deterministic calls in descending order.
 __device__ __forceinline__ QueryStep first_step(const BackwardCall& call, const KeyTile& tile) {
   return {tile.h_kv * call.plan.group, tile.q_tile_first};
+}
+__device__ __forceinline__ void advance(QueryStep& step, const BackwardCall& call,
+                                        const KeyTile& tile) {
+  const int32_t group = call.plan.group;
+  if (++step.h < (tile.h_kv + 1) * group) return;
+  step.h -= group;
+  if (call.args.deterministic) {
+    --step.q_tile;
+  } else if (++step.q_tile == tile.q_tile_end) {
+    step.q_tile = tile.q_tile_begin;
+  }
 }
 // Among the query tiles of all heads.
 __device__ __forceinline__ uint32_t tile_index(const BackwardCall& call, const KeyTile& tile,
@@ -168,7 +165,7 @@ struct BackwardLoader {
         set_task(i, tile, step);
         if (n < 0) return;
         --n;
-        step.advance(call, tile);
+        advance(step, call, tile);
       }
       ptx::mbarrier_arrive(smem.tile_empty(count));
     }
@@ -197,12 +194,13 @@ struct BackwardLoader {
         const int stage = i % Map::kStages;
         const uint32_t phase = i / Map::kStages % 2;
         wait(smem.q_empty(stage), phase ^ 1);
+        smem.step(stage) = step;
         load_rows(call.q, call.buffers.lse2, smem.q(stage), smem.lse2(stage), smem.q_full(stage),
                   tile, step);
         wait(smem.dout_empty(stage), phase ^ 1);
         load_rows(call.dout, call.buffers.delta, smem.dout(stage), smem.delta(stage),
                   smem.dout_full(stage), tile, step);
-        step.advance(call, tile);
+        advance(step, call, tile);
       }
       index = next_index(index, tiles);
     }

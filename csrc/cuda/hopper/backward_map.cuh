@@ -50,6 +50,9 @@ struct BackwardMap {
   __device__ __forceinline__ KeyTile& tile(uint32_t i) const {
     return reinterpret_cast<KeyTile*>(generic + kConfig.tile_offset())[i % BackwardConfig::kTiles];
   }
+  __device__ __forceinline__ QueryStep& step(int stage) const {
+    return reinterpret_cast<QueryStep*>(generic + kConfig.step_offset())[stage];
+  }
   // Of the i-th step of the block.
   __device__ __forceinline__ DqTask& task(uint32_t i) const {
     return reinterpret_cast<DqTask*>(generic + kConfig.task_offset())[i % BackwardConfig::kTasks];
