@@ -138,13 +138,13 @@ struct BackwardConsumer {
   template <Steps kSteps>
   __device__ __forceinline__ void run_step(typename Tile::Rounded& ds_rounded) {
     constexpr bool kMayBeCut = kSteps != Steps::plain, kDrained = kSteps == Steps::cut;
+    const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
     const int stage = stage_of(index), last = stage ^ 1;
     const uint32_t phase = phase_of(index);
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
     typename Tile::Rounded p_rounded;
     wait(smem.q_full(stage), phase);
     keys.start_pairs(p, rows_of(smem.k()), smem.q(stage));
-    const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
     if constexpr (!kConfig.early_values) {
       if constexpr (!kDrained) {
         ptx::wgmma_wait<1>();
