@@ -38,6 +38,28 @@ def test_four_sums_in_a_row_are_two_queries_of_two_columns(config):
         assert four == [(query + e % 2, column + e // 2 * 8) for e in range(4)]
 
 
+def test_a_group_adds_its_part_in_one_piece(config):
+    """A DqWriter moves the sums of a group's warps at once, and only of those with columns."""
+    for group in (0, 1):
+        first = group * config.dq_floats() // 2
+        part = range(first, first + config.dq_group_bytes(group) // 4)
+        assert len(part) == config.dq_warps(group) * 16 * config.dq_queries()
+        for index in part:
+            query, column = config.dq_place(index)
+            assert column < max(config.head_dim, 64)
+            assert (column // 64 if config.columns() > 64 else query // config.dq_queries()) == group
+
+
+def test_groups_add_every_column_of_the_head(config):
+    places = {
+        config.dq_place(group * config.dq_floats() // 2 + index)
+        for group in (0, 1)
+        for index in range(config.dq_group_bytes(group) // 4)
+    }
+    assert {column for _, column in places} == set(range(config.head_dim))
+    assert len(places) == config.tile_m * config.head_dim
+
+
 def test_terms_of_a_tile_are_a_permutation_within_16_rows(config):
     places = [config.term_place(row) for row in range(config.tile_m)]
     assert sorted(places) == list(range(config.tile_m))
@@ -55,6 +77,7 @@ def test_tiles_lie_apart_in_shared_memory(config):
     offsets = config.offsets()
     assert offsets == sorted(set(offsets))
     assert offsets[-1] <= SMEM_BYTES
-    assert all(offset % SWIZZLED == 0 for offset in offsets[:6])  # K, V, Q, dO, dS, dQ
-    assert all(offset % 16 == 0 for offset in offsets[6:10])
+    assert all(offset % SWIZZLED == 0 for offset in offsets[:7])  # K, V, Q, dO, dS, dQ, its sums
+    assert all(offset % 16 == 0 for offset in offsets[7:10])  # terms, marks, barriers
+    assert all(offset % 4 == 0 for offset in offsets[10:])
     assert config.terms_bytes() % 16 == 0  # copied in bulk

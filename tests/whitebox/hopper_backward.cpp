@@ -18,6 +18,9 @@ void bind_hopper_backward(py::module_& module) {
       .def_readonly("masked", &BackwardConfig::masked)
       .def("columns", [](const BackwardConfig& c) { return c.boxes() * BackwardConfig::kColumns; })
       .def("dq_floats", &BackwardConfig::dq_floats)
+      .def("dq_warps", &BackwardConfig::dq_warps)
+      .def("dq_group_bytes", &BackwardConfig::dq_group_bytes)
+      .def("dq_queries", &BackwardConfig::dq_queries)
       .def("terms_bytes", &BackwardConfig::terms_bytes)
       .def("offsets",
            [](const BackwardConfig& c) {
@@ -27,10 +30,13 @@ void bind_hopper_backward(py::module_& module) {
                                      c.dout_offset(),
                                      c.ds_offset(),
                                      c.dq_offset(),
+                                     c.sums_offset(),
                                      c.terms_offset(),
                                      c.marks_offset(),
                                      c.barrier_offset(),
                                      c.tile_offset(),
+                                     c.task_offset(),
+                                     c.step_offset(),
                                      c.smem_bytes()};
            })
       .def("term_place", [](const BackwardConfig& c, int row) { return c.term_place(row); })

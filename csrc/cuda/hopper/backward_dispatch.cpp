@@ -79,9 +79,10 @@ bool runs_backward(const BackwardArgs& args, const Device&) {
   const View* of_keys[] = {&args.k, &args.dk};
   const View* of_values[] = {&args.v, &args.dv};
   const View* of_outputs[] = {&args.out, &args.dout};
-  const auto addressable = [](const auto& views, int64_t B, int64_t H, int64_t S, int64_t D) {
+  const auto addressable = [&](const auto& views, int64_t B, int64_t H, int64_t S, int64_t D) {
     for (const View* view : views) {
-      if (view->data != nullptr && !is_addressable(*view, B, H, S, D)) return false;
+      if (view->data == nullptr) continue;
+      if (!is_addressable(*view, B, H, S, D, args.deterministic)) return false;
     }
     return true;
   };

@@ -111,20 +111,16 @@ struct BackwardLoader {
     wait(smem.task_empty(i), (i / BackwardConfig::kTasks % 2) ^ 1);
     task.last = -1;
     if (tile.steps >= 0) {
-      const int32_t q_begin = step.q_tile * kConfig.tile_m;
-      const int32_t q_end =
-          min(q_begin + kConfig.tile_m, static_cast<int32_t>(call.args.shape.S_q));
-      const KvRange keys = call.args.mask.kv_range(q_begin, q_end);
-      const int32_t first = keys.begin / BackwardConfig::kTileN;
-      const int32_t last = (keys.end - 1) / BackwardConfig::kTileN - first;
+      const IndexRange adders = call.plan.adders_of(
+          call.args.mask, static_cast<int32_t>(call.args.shape.S_q), step.q_tile);
       task.index = tile_index(call, tile, step);
-      task.last = last;
-      task.place = last == 0                 ? 0
-                   : call.args.deterministic ? tile.kv_begin / BackwardConfig::kTileN - first
+      task.last = adders.size() - 1;
+      task.place = task.last == 0            ? 0
+                   : call.args.deterministic ? tile.kv_begin / BackwardConfig::kTileN - adders.begin
                                              : -1;
       task.b = tile.b;
       task.h = step.h;
-      task.q_begin = q_begin;
+      task.q_begin = step.q_tile * kConfig.tile_m;
     }
     ptx::mbarrier_arrive(smem.task_full(i));
   }
