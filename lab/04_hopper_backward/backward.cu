@@ -89,12 +89,25 @@ const Variant kVariants[] = {
 #include VARIANTS
 };
 
+// How dQ is summed: by whoever comes and finished by a kernel of its own, or by whoever adds last;
+// in order, of which sections of heads fill the device so many times.
+struct Way {
+  const char* name;
+  bool ordered, finishes;
+  int rounds;
+};
+const Way kWays[] = {{"plain", false, false, 0},
+                     {"last", false, true, 0},
+                     {"order1", true, true, 1},
+                     {"order2", true, true, 2},
+                     {"order4", true, true, 4}};
+
 struct Workspace {
   BackwardPlan plan;
   BackwardBuffers buffers;
 };
-Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, void* memory,
-                        size_t bytes) {
+Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, const Way& way,
+                        void* memory, size_t bytes) {
   Workspace w;
   w.plan = plan_blocks(a, config, 132);
   const size_t rows = w.plan.dq_tiles() * config.tile_m;
@@ -103,12 +116,14 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, voi
   w.buffers.lse2 = w.buffers.dq_sums + sums;
   w.buffers.delta = w.buffers.lse2 + rows;
   w.buffers.added = reinterpret_cast<uint64_t*>(w.buffers.delta + rows);
-  if (a.mask.is_banded() || a.deterministic) {
+  w.buffers.ordered = way.ordered;
+  w.buffers.finishes = way.finishes;
+  if (a.mask.is_banded() || way.ordered) {
     w.buffers.taken = reinterpret_cast<uint32_t*>(w.buffers.added + 2 * w.plan.dq_tiles());
-    if (const char* rounds = std::getenv("LAB_ROUNDS")) {
-      w.plan.section_heads = std::min<uint32_t>(
-          w.plan.heads, ceil_div<uint32_t>(132 * std::atoi(rounds), w.plan.kv_tiles));
-    }
+  }
+  if (way.ordered) {
+    w.plan.section_heads =
+        std::min<uint32_t>(w.plan.heads, ceil_div<uint32_t>(132 * way.rounds, w.plan.kv_tiles));
   }
   if ((sums + 2 * rows + 4 * w.plan.dq_tiles() + 1) * 4 > bytes) {
     std::printf("workspace too small\n");
@@ -116,6 +131,10 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, voi
   }
   return w;
 }
+#define RUN_ALL(a, w, variant, kernel)                                   \
+  RUN(prepare_rows(a, (w).plan, (variant).config, (w).buffers, stream)); \
+  RUN((kernel)(a, (w).plan, (w).buffers));                               \
+  if (!(w).buffers.finishes) RUN(finish_dq(a, (w).plan, (variant).config, (w).buffers, stream))
 
 template <typename Element>
 __global__ void forward_reference(BackwardArgs a, float* lse) {
@@ -238,7 +257,7 @@ __global__ void fill_constant(float* x, int64_t size, float value) {
 struct Case {
   int B, H, H_kv, S_q, S_kv, D, D_v;
   int mask;  // 0 full, 1 causal top left, 2 bottom right, 3 window
-  bool deterministic;
+  int way;
   int poison;  // 0 none, 1 K and V rows NaN, 2 V has Inf, 3 Q has NaN or Inf, 4 dO has
   double scale;
 };
@@ -370,12 +389,12 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
                                         seed % 3 ? int(seed % 50) : 0);
   a.scale = ScoreScale::from(c.scale, a.dtype);
   a.factor = c.scale;
-  a.deterministic = c.deterministic;
+  a.deterministic = kWays[c.way].ordered;
   forward_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, lse);
   dq_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, want_dq);
   dkv_reference<Element><<<kv_rows, 128, c.S_q * 8 + 16>>>(a, want_dk, want_dv);
   CHECK(cudaDeviceSynchronize());
-  const Workspace w = workspace_for(a, variant.config, memory, bytes);
+  const Workspace w = workspace_for(a, variant.config, kWays[c.way], memory, bytes);
   const auto kernel = a.dtype == DType::f16 ? variant.f16 : variant.bf16;
   std::vector<uint16_t> first_dq, first_dk, first_dv;
   bool same = true;
@@ -384,14 +403,13 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
       CHECK(cudaMemset(t->view.data, 0xff, t->size() * 2));
     CHECK(cudaMemset(memory, 0xff, bytes));
     if (repeat > 0) grid_limit = repeat == 1 ? 132 : 5;
-    RUN(prepare_rows(a, w.plan, variant.config, w.buffers, nullptr));
-    RUN(kernel(a, w.plan, w.buffers));
+    RUN_ALL(a, w, variant, kernel);
     CHECK(cudaDeviceSynchronize());
     if (repeat == 0) {
       first_dq = dq.get(), first_dk = dk.get(), first_dv = dv.get();
     } else {
       same &= first_dk == dk.get() && first_dv == dv.get();
-      if (c.deterministic) same &= first_dq == dq.get();
+      if (kWays[c.way].ordered) same &= first_dq == dq.get();
     }
   }
   const double limit = a.dtype == DType::f16 ? 1.5e-3 : 1.0e-2;
@@ -401,9 +419,9 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
                             dv.compare(want_dv, limit, good);
   if (!good || verbose) {
     std::printf(
-        "%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d det%d poison%d scale%g same%d: %s\n",
+        "%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d %s poison%d scale%g same%d: %s\n",
         good ? "ok  " : "FAIL", variant.name, a.dtype == DType::f16 ? "f16" : "bf16", seed, c.B,
-        c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, c.deterministic, c.poison, c.scale, same,
+        c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, kWays[c.way].name, c.poison, c.scale, same,
         texts.c_str());
     std::fflush(stdout);
   }
@@ -435,7 +453,7 @@ int check_all(int cases, const char* only) {
       c.mask = i < 2 ? 0 : pick({0, 1, 2, 2, 3});
       if (!variant.config.masked) c.mask = 0;
       c.poison = i < 2 ? 0 : pick({0, 0, 0, 1, 2, 3, 4});
-      c.deterministic = i % 2 == 1;
+      c.way = i % 5;
       c.scale = (i % 7 == 5 ? -1.0 : i % 7 == 6 ? 3.0 : 1.0) / std::sqrt(c.D);
       grid_limit = pick({1, 7, 131, 1 << 30});
       failed_here += !check<__nv_bfloat16>(variant, c, 1000 + i, i < 1);
@@ -494,7 +512,8 @@ int soak() {
   for (const Variant& variant : kVariants) {
     for (int causal = 0; causal < 2; ++causal) {
       if (variant.causal != 2 && variant.causal != causal) continue;
-      for (int det = 0; det < 2; ++det) {
+      for (const Way& way : kWays) {
+        const bool det = way.ordered;
         const int D = variant.config.head_dim, S = 2048 + 96;
         const int64_t H = 8, H_kv = 4, B = 2;
         std::vector<uint16_t> want, got(B * S * H * D);
@@ -506,12 +525,12 @@ int soak() {
             Problem& problem = of ? second : first;
             const BackwardArgs a = problem.args(B, H, H_kv, S, D, causal, det);
             CHECK(cudaDeviceSynchronize());
-            const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
+            const Workspace w =
+                workspace_for(a, variant.config, way, problem.memory, problem.bytes);
             CHECK(cudaMemset(a.dq.data, 0xff, got.size() * 2));
             CHECK(cudaDeviceSynchronize());
             stream = streams[of];
-            RUN(prepare_rows(a, w.plan, variant.config, w.buffers, stream));
-            RUN(variant.bf16(a, w.plan, w.buffers));
+            RUN_ALL(a, w, variant, variant.bf16);
             stream = nullptr;
           }
           CHECK(cudaDeviceSynchronize());
@@ -531,7 +550,7 @@ int soak() {
         failed += det && different > 0;
         std::printf("%s (%s) %s %s: %d of 99 differ, at most %.2e, rms of dq %.2e\n",
                     det && different ? "FAIL" : "ok  ", variant.name, causal ? "causal" : "full",
-                    det ? "deterministic" : "ordinary", different, most, norm);
+                    way.name, different, most, norm);
         std::fflush(stdout);
       }
     }
@@ -549,8 +568,11 @@ void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, 
     const int part = i % 2;  // all, prepare_rows
     CHECK(cudaMemsetAsync(flush, i, flush_bytes));
     CHECK(cudaEventRecord(events[0]));
-    RUN(prepare_rows(a, w.plan, variant.config, w.buffers, nullptr));
-    if (part == 0) RUN(variant.bf16(a, w.plan, w.buffers));
+    if (part == 0) {
+      RUN_ALL(a, w, variant, variant.bf16);
+    } else {
+      RUN(prepare_rows(a, w.plan, variant.config, w.buffers, stream));
+    }
     CHECK(cudaEventRecord(events[1]));
     CHECK(cudaEventSynchronize(events[1]));
     float ms;
@@ -571,7 +593,7 @@ int bench(const char* only, int shortest, int longest) {
   Problem problem;
   const char* grid = std::getenv("LAB_GRID");
   const char* group = std::getenv("LAB_GROUP");
-  std::printf("TFLOP/s of both kernels, of the main one; us of the two\n");
+  std::printf("TFLOP/s of all kernels, of all but prepare_rows; us of prepare_rows, of all\n");
   for (int causal = 0; causal < 2; ++causal) {
     for (int S = shortest; S <= longest; S *= 2) {
       for (const Variant& variant : kVariants) {
@@ -579,18 +601,18 @@ int bench(const char* only, int shortest, int longest) {
         if (variant.causal != 2 && variant.causal != causal) continue;
         const int D = variant.config.head_dim;
         const int64_t B = 16384 / S, H = 2048 / D;
-        for (int det = 0; det < 2; ++det) {
-          const BackwardArgs a =
-              problem.args(B, H, group == nullptr ? H : H / std::atoi(group), S, D, causal, det);
-          const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
+        for (const Way& way : kWays) {
+          const BackwardArgs a = problem.args(B, H, group == nullptr ? H : H / std::atoi(group), S,
+                                              D, causal, way.ordered);
+          const Workspace w = workspace_for(a, variant.config, way, problem.memory, problem.bytes);
           grid_limit = grid != nullptr ? std::atoi(grid) : D > 96 ? 1 << 30 : 132;
           float us[2];
           time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
           uint64_t clock[4];
           CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
           const double flop = 10e-6 * B * H * double(S) * S * D / (causal ? 2 : 1);
-          std::printf("%-6s S %5d (%-20s) %-4s %5.0f %5.0f   %6.0f %6.0f   %.0f MHz\n",
-                      causal ? "causal" : "full", S, variant.name, det ? "det" : "", flop / us[0],
+          std::printf("%-6s S %5d (%-20s) %-6s %5.0f %5.0f   %6.0f %6.0f   %.0f MHz\n",
+                      causal ? "causal" : "full", S, variant.name, way.name, flop / us[0],
                       flop / (us[0] - us[1]), us[1], us[0],
                       1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
         }

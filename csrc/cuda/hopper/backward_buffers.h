@@ -17,6 +17,10 @@ struct BackwardBuffers {
   // For each query tile and each group's part of its dQ: how many key tiles have begun to add (low
   // half) and how many have done so. 0 at the start.
   uint64_t* added = nullptr;
+  // Key tiles add to a dQ in ascending order.
+  bool ordered = false;
+  // The last to add writes dQ.
+  bool finishes = false;
   // How many key tiles have been taken, in calls that are not deterministic beyond the first of
   // each block. 0 at the start; nullptr: blocks take turns.
   uint32_t* taken = nullptr;

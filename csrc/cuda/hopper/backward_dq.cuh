@@ -58,23 +58,22 @@ struct DqWriter {
       wait(smem.task_full(phases), phases / BackwardConfig::kTasks % 2);
       const DqTask& task = smem.task(phases);  // read where it is needed: there are few registers
       if (task.last < 0) break;
-      int32_t place = task.place;
+      const int32_t place = task.place;
       if (place > 0) {
         while (done(acquire(task)) != place) {
         }
-      } else if (place < 0 && done(acquire(task)) == task.last) {
-        place = task.last;
       }
-      if (place == task.last) prepare_sums(task);
+      if (place == task.last) prepare_sums(task, task.last > 0);
       wait(smem.dq_full(group()), phases % 2);
-      if (place < 0) {
-        place = claim(task);
-        if (place == task.last) prepare_sums(task);
-      }
       if (place == task.last) {
-        finish(task);
-      } else if (speaks()) {
-        add(task, place == 0);
+        finish(task, true);
+      } else {
+        bool is_last = false;
+        if (speaks()) is_last = add(task, place);
+        if (place < 0 && __any_sync(0xffffffffu, is_last)) {
+          prepare_sums(task, true);
+          finish(task, false);
+        }
       }
       __syncwarp();
       if (speaks()) ptx::mbarrier_arrive(smem.task_empty(phases));
@@ -82,22 +81,11 @@ struct DqWriter {
     if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the stores
   }
 
-  // Takes a place, and waits for whom it has to.
-  __device__ __forceinline__ int32_t claim(const DqTask& task) const {
-    uint64_t value = 0;
-    if (speaks()) value = ptx::fetch_add_acquire(added(task), 1);
-    value = __shfl_sync(0xffffffffu, value, 0);
-    const auto place = static_cast<int32_t>(value);
-    const int32_t needed = place == task.last ? place : min(place, 1);
-    while (done(value) < needed) value = acquire(task);
-    return place;
-  }
-
   // One thread.
-  __device__ __forceinline__ void add(const DqTask& task, bool is_first) const {
+  __device__ __forceinline__ bool add(const DqTask& task, int32_t place) const {
     const uint32_t source = smem.dq(4 * group()), bytes = kConfig.dq_group_bytes(group());
     ptx::fence_async_proxy_global();
-    if (is_first) {
+    if (place == 0) {
       ptx::bulk_store(sums(task), source, bytes);
     } else {
       ptx::bulk_reduce_add(sums(task), source, bytes);
@@ -105,17 +93,20 @@ struct DqWriter {
     ptx::tma_store_commit();
     ptx::tma_store_wait_read<0>();
     ptx::mbarrier_arrive(smem.dq_empty(group()));
+    if (place < 0 && !call.buffers.finishes) return false;
     ptx::tma_store_wait<0>();
     ptx::fence_async_proxy_global();
+    if (place < 0) return done(ptx::fetch_add(added(task), uint64_t{1} << 32)) == task.last;
     ptx::release_add(added(task), uint64_t{1} << 32);
+    return false;
   }
 
   // Starts to bring the sums, to which all others have added, or zeros if there is nobody else.
-  __device__ __forceinline__ void prepare_sums(const DqTask& task) const {
+  __device__ __forceinline__ void prepare_sums(const DqTask& task, bool others) const {
     if (speaks()) ptx::tma_store_wait_read<0>();  // of what was finished last
     __syncwarp();
     const int bytes = kConfig.dq_group_bytes(group());
-    if (task.last == 0) {
+    if (!others) {
       constexpr uint32_t kZeros[4] = {};
 #pragma unroll 1
       for (int i = lane() * 16; i < bytes; i += 512) {
@@ -130,8 +121,8 @@ struct DqWriter {
 
   // (E30) Scales, rounds and writes dQ. Rounded rows of 16 columns take the place of sums that have
   // been read.
-  __device__ __forceinline__ void finish(const DqTask& task) {
-    if (task.last > 0) {
+  __device__ __forceinline__ void finish(const DqTask& task, bool own_too) {
+    if (task.last > 0 || !own_too) {
       wait(smem.sums_full(group()), phases >> 31);
       phases ^= 1u << 31;
     }
@@ -146,8 +137,8 @@ struct DqWriter {
       uint32_t words[4];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        uint32_t x[4], y[4];
-        ptx::load_shared(x, own + e * 512);
+        uint32_t x[4] = {}, y[4];
+        if (own_too) ptx::load_shared(x, own + e * 512);
         ptx::load_shared(y, own + e * 512 + kToSums);
         float sum[4];
 #pragma unroll
@@ -165,7 +156,7 @@ struct DqWriter {
     __syncwarp();
     if (!speaks()) return;
     if (call.args.dq.data != nullptr) store(task);
-    ptx::mbarrier_arrive(smem.dq_empty(group()));
+    if (own_too) ptx::mbarrier_arrive(smem.dq_empty(group()));
   }
   __device__ __forceinline__ void store(const DqTask& task) const {
     const int32_t column = kConfig.boxes() == 1 ? 0 : group() * BackwardConfig::kColumns;

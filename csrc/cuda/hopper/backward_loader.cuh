@@ -46,9 +46,9 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
   tile.steps = (end - begin) * call.plan.group;
   // Blocks of a head that run side by side keep apart, or all would add to the same dQ.
   const auto apart = static_cast<uint32_t>(at.kv_tile) * uint64_t{static_cast<uint32_t>(end)};
-  tile.q_tile_first = call.args.deterministic ? end - 1
-                      : mask.is_banded()      ? begin
-                                              : static_cast<int32_t>(apart / call.plan.kv_tiles);
+  tile.q_tile_first = call.buffers.ordered ? end - 1
+                      : mask.is_banded()   ? begin
+                                           : static_cast<int32_t>(apart / call.plan.kv_tiles);
 }
 
 // The steps of a key tile: the heads of the group in turn; query tiles in ascending order from the
@@ -61,7 +61,7 @@ __device__ __forceinline__ void advance(QueryStep& step, const BackwardCall& cal
   const int32_t group = call.plan.group;
   if (++step.h < (tile.h_kv + 1) * group) return;
   step.h -= group;
-  if (call.args.deterministic) {
+  if (call.buffers.ordered) {
     --step.q_tile;
   } else if (++step.q_tile == tile.q_tile_end) {
     step.q_tile = tile.q_tile_begin;
@@ -115,9 +115,8 @@ struct BackwardLoader {
           call.args.mask, static_cast<int32_t>(call.args.shape.S_q), step.q_tile);
       task.index = tile_index(call, tile, step);
       task.last = adders.size() - 1;
-      task.place = task.last == 0            ? 0
-                   : call.args.deterministic ? tile.kv_begin / BackwardConfig::kTileN - adders.begin
-                                             : -1;
+      task.place =
+          call.buffers.ordered ? tile.kv_begin / BackwardConfig::kTileN - adders.begin : -1;
       task.b = tile.b;
       task.h = step.h;
       task.q_begin = step.q_tile * kConfig.tile_m;
@@ -130,13 +129,13 @@ struct BackwardLoader {
   // adds to a dQ after somebody else has begun later than he: of the order in which blocks start
   // nothing is known.
   __device__ __forceinline__ uint32_t first_index() const {
-    return call.args.deterministic ? atomicAdd(call.buffers.taken, 1u) : blockIdx.x;
+    return call.buffers.ordered ? atomicAdd(call.buffers.taken, 1u) : blockIdx.x;
   }
   __device__ __forceinline__ uint32_t next_index(uint32_t index, uint32_t tiles) const {
     if (gridDim.x >= tiles) return tiles;
     if (call.buffers.taken == nullptr) return index + gridDim.x;
     const uint32_t taken = atomicAdd(call.buffers.taken, 1u);
-    return call.args.deterministic ? taken : gridDim.x + taken;
+    return call.buffers.ordered ? taken : gridDim.x + taken;
   }
 
   // One thread, which brings keys and values as soon as those before them have been read, and tells

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/hopper/backward_rows.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "core/softmax_row.h"
+#include "cuda/fragment.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/griddep.cuh"
 
@@ -51,6 +49,11 @@ __global__ void __launch_bounds__(kThreads)
       sum += static_cast<float>(x.e[e]) * static_cast<float>(y.e[e]);
     }
   }
+  if (!buffers.ordered) {
+    float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * lanes * kVector);
+    zeros[lane] = float4{};
+    zeros[lane + lanes] = float4{};
+  }
   if (args.mask.is_banded() && exists && lane * kVector < shape.D && args.dq.data != nullptr) {
     // A query tile that sees no key gets its dQ here, nobody else comes by.
     const int32_t q_begin = s / tile_m * tile_m;
@@ -79,6 +82,43 @@ __global__ void __launch_bounds__(kThreads)
       lse == -kInfinity<float> ? kInfinity<float> : SoftmaxRow<float>::from_lse(lse).m;
 }
 
+// A block for each query tile of each head, which scales, rounds and writes its dQ.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads)
+    finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
+                     BackwardConfig config, int32_t q_tiles) {
+  extern __shared__ __align__(16) unsigned char smem[];
+  ptx::wait_for_kernel_before();
+  const uint32_t block =
+      gridDim.x - 1 - blockIdx.x;  // what was added to last is still in the cache
+  auto* tile = reinterpret_cast<Element*>(smem);
+  const int pitch = config.boxes() * BackwardConfig::kColumns + kVector;  // in elements
+  const auto factor = static_cast<float>(args.factor);
+  const auto* fours = reinterpret_cast<const float4*>(sums + int64_t{block} * config.dq_floats());
+  for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kThreads) {
+    const float4 x = fours[i];
+    const float four[4] = {x.x, x.y, x.z, x.w};
+    const DqPlace at = dq_place(config, 4 * i);
+    Element* target = tile + at.query * pitch + at.column;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      target[e % 2 * pitch + e / 2 * 8] = static_cast<Element>(four[e] * factor);
+    }
+  }
+  __syncthreads();
+  const int64_t head = block / q_tiles;
+  const int32_t q_begin = block % q_tiles * config.tile_m;
+  const int64_t b = head / args.shape.H, h = head % args.shape.H;
+  const int chunks = static_cast<int>(args.shape.D) / kVector;
+  for (int i = threadIdx.x; i < config.tile_m * chunks; i += kThreads) {
+    const int row = i / chunks, column = i % chunks * kVector;
+    if (q_begin + row >= args.shape.S_q) break;
+    Element* target = args.dq.template row<Element>(b, h, q_begin + row) + column;
+    *reinterpret_cast<uint4*>(target) =
+        *reinterpret_cast<const uint4*>(tile + row * pitch + column);
+  }
+}
+
 template <typename Element>
 Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                   const BackwardBuffers& buffers, void* stream) {
@@ -89,12 +129,28 @@ Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const Back
                 0, stream, args, buffers, rows, head_rows, config.tile_m, lanes);
 }
 
+template <typename Element>
+Status finish_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
+                 const BackwardBuffers& buffers, void* stream) {
+  const int bytes =
+      config.tile_m * (config.boxes() * BackwardConfig::kColumns + kVector) * sizeof(Element);
+  return launch<Start::early>(finish_dq_kernel<Element>, plan.dq_tiles(), kThreads, bytes, stream,
+                              args, static_cast<const float*>(buffers.dq_sums), config,
+                              static_cast<int32_t>(plan.q_tiles));
+}
+
 }  // namespace
 
 Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan,
                     const BackwardConfig& config, const BackwardBuffers& buffers, void* stream) {
   const auto prepare = args.dtype == DType::f16 ? prepare_as<__half> : prepare_as<__nv_bfloat16>;
   return prepare(args, plan, config, buffers, stream);
+}
+
+Status finish_dq(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
+                 const BackwardBuffers& buffers, void* stream) {
+  const auto finish = args.dtype == DType::f16 ? finish_as<__half> : finish_as<__nv_bfloat16>;
+  return finish(args, plan, config, buffers, stream);
 }
 
 }  // namespace online_attention::cuda::hopper

@@ -36,10 +36,10 @@ __device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
   return value;
 }
 
-// atom.acquire.gpu.add.u64 (PTX 6.0, sm_70): returns what was there.
-__device__ __forceinline__ uint64_t fetch_add_acquire(uint64_t* address, uint64_t x) {
+// atom.acq_rel.gpu.add.u64 (PTX 6.0, sm_70): returns what was there.
+__device__ __forceinline__ uint64_t fetch_add(uint64_t* address, uint64_t x) {
   uint64_t value;
-  asm volatile("atom.acquire.gpu.global.add.u64 %0, [%1], %2;"
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
                : "=l"(value)
                : "l"(address), "l"(x)
                : "memory");
