@@ -136,8 +136,9 @@ SPLITS = Call(B=2, H_kv=2, group=3, S_q=5, S_kv=9000, column_blocks=2)
 INVARIANT_SPLITS = replace(SPLITS, batch_invariant=True)
 
 
-def located(plan) -> list[tuple[int, int, int, int, int]]:
-    coords = (plan.locate(i) for i in range(plan.tiles()))
+def located(plan, locate: str = "locate") -> list[tuple[int, int, int, int, int]]:
+    """Where the method of that name puts each tile."""
+    coords = (getattr(plan, locate)(i) for i in range(plan.tiles()))
     return [(at.b, at.h, at.q_tile, at.split, at.column_block) for at in coords]
 
 

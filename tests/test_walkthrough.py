@@ -3,25 +3,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[1] / "examples" / "walkthrough.py"
+from scripts import EXAMPLES, load_script
+
 SMALL = ["--queries", "7", "--keys", "11", "--head-dim", "8", "--value-dim", "5"]
 
 
 @pytest.fixture(scope="module")
 def walkthrough() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("walkthrough", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "walkthrough.py")
 
 
 @pytest.mark.parametrize(

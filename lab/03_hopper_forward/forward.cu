@@ -11,20 +11,13 @@
 #include <string>
 #include <vector>
 
+#include "../common.cuh"
 #include "cuda/hopper/forward_launch.cuh"
 
 using namespace online_attention;
+using namespace online_attention::lab;
 using namespace online_attention::cuda;
 using namespace online_attention::cuda::hopper;
-
-#define CHECK(call)                                                             \
-  do {                                                                          \
-    const cudaError_t error = (call);                                           \
-    if (error != cudaSuccess) {                                                 \
-      std::printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-      std::exit(1);                                                             \
-    }                                                                           \
-  } while (0)
 
 struct Variant {
   const char* name;
@@ -82,44 +75,9 @@ const Variant kVariants[] = {
 
 template <typename Element>
 __global__ void reference_kernel(ForwardArgs a, float* out, float* lse) {
-  const int64_t row = blockIdx.x;
-  const int q_idx = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
-            b = row / a.shape.S_q / a.shape.H;
-  const int h_kv = h / a.shape.group();
-  const KvRange keys = a.mask.kv_range(q_idx, q_idx + 1);
-  extern __shared__ float scores[];
-  const Element* q = a.q.row<const Element>(b, h, q_idx);
-  const float scale = float(a.scale.sign * a.scale.log2);
-  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
-    const Element* k = a.k.row<const Element>(b, h_kv, j);
-    float s = 0;
-    for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
-    scores[j] = s * scale;
-  }
-  __syncthreads();
-  float m = -INFINITY, l = 0;
-  for (int j = keys.begin; j < keys.end; ++j) m = fmaxf(m, scores[j]);
-  for (int j = keys.begin; j < keys.end; ++j) l += exp2f(scores[j] - m);
-  for (int d = threadIdx.x; d < a.shape.D_v; d += blockDim.x) {
-    float o = 0;
-    for (int j = keys.begin; j < keys.end; ++j)
-      o += exp2f(scores[j] - m) * float(a.v.row<const Element>(b, h_kv, j)[d]);
-    out[row * a.shape.D_v + d] = keys.size() ? o / l : 0;
-  }
-  if (threadIdx.x == 0) lse[row] = keys.size() ? float((m + log2f(l)) * kLn2) : -INFINITY;
-}
-
-template <typename Element>
-__global__ void fill_kernel(Element* x, int64_t size, uint32_t seed, float scale) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    const float u = ((z >> 40) + 1) * 0x1p-24f, w = (z & 0xffffff) * 0x1p-24f;
-    x[i] = Element(scale * sqrtf(-2 * logf(u)) * cospif(2 * w));
-  }
+  attend_by_definition<Element>(a, lse, [&](int, int, int, int d, float value) {
+    out[blockIdx.x * int64_t{a.shape.D_v} + d] = value;
+  });
 }
 
 struct Case {
@@ -170,11 +128,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   const int64_t out_size = c.B * Sq * c.H * Dv, rows = int64_t{c.B} * c.H * c.S_q;
   a.out = {alloc(out_size * 2), Sq * c.H * Dv, Dv, c.H * Dv};
   a.lse = alloc(rows * 4 + 64);
-  a.mask = c.mask == 0   ? Mask::full(c.S_kv)
-           : c.mask == 1 ? Mask::causal(c.S_q, c.S_kv, Alignment::top_left)
-           : c.mask == 2 ? Mask::causal(c.S_q, c.S_kv, Alignment::bottom_right)
-                         : Mask::window(c.S_q, c.S_kv, Alignment::bottom_right, 37 + seed % 200,
-                                        seed % 3 ? int(seed % 50) : 0);
+  a.mask = mask_of(c.mask, c.S_q, c.S_kv, seed);
   a.scale = ScoreScale::from(c.scale, a.dtype);
   if (c.poison) {
     std::mt19937 rng(seed);
@@ -201,11 +155,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   for (int repeat = 0; repeat < 3; ++repeat) {
     CHECK(cudaMemset(a.out.data, 0xff, out_size * 2));
     CHECK(cudaMemset(a.lse, 0xff, rows * 4 + 64));
-    const Status status = kernel(a, repeat == 1 ? 132 : c.grid);
-    if (status != kOk) {
-      std::printf("launch: %s\n", status);
-      std::exit(1);
-    }
+    RUN(kernel(a, repeat == 1 ? 132 : c.grid));
     if (repeat == 1)
       for (int again = 0; again < 3; ++again) kernel(a, 132);  // back to back
     CHECK(cudaDeviceSynchronize());
@@ -323,11 +273,7 @@ double time_us(const Variant& variant, const ForwardArgs& a, void* flush, size_t
   for (int i = 0; i < repeats + 3; ++i) {
     CHECK(cudaMemsetAsync(flush, i, flush_bytes));
     CHECK(cudaEventRecord(begin));
-    const Status status = variant.bf16(a, 132);
-    if (status != kOk) {
-      std::printf("launch: %s\n", status);
-      std::exit(1);
-    }
+    RUN(variant.bf16(a, 132));
     CHECK(cudaEventRecord(end));
     CHECK(cudaEventSynchronize(end));
     float ms;

@@ -11,29 +11,14 @@
 #include <string>
 #include <vector>
 
+#include "../common.cuh"
 #include "cuda/hopper/backward_launch.cuh"
 #include "cuda/hopper/backward_rows.h"
 
 using namespace online_attention;
+using namespace online_attention::lab;
 using namespace online_attention::cuda;
 using namespace online_attention::cuda::hopper;
-
-#define CHECK(call)                                                             \
-  do {                                                                          \
-    const cudaError_t error = (call);                                           \
-    if (error != cudaSuccess) {                                                 \
-      std::printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-      std::exit(1);                                                             \
-    }                                                                           \
-  } while (0)
-#define RUN(call)                           \
-  do {                                      \
-    const Status status_ = (call);          \
-    if (status_ != kOk) {                   \
-      std::printf("launch: %s\n", status_); \
-      std::exit(1);                         \
-    }                                       \
-  } while (0)
 
 using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const BackwardBuffers&);
 struct Variant {
@@ -138,32 +123,9 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, con
 
 template <typename Element>
 __global__ void forward_reference(BackwardArgs a, float* lse) {
-  const int64_t row = blockIdx.x;
-  const int q_idx = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
-            b = row / a.shape.S_q / a.shape.H;
-  const int h_kv = h / a.shape.group();
-  const KvRange keys = a.mask.kv_range(q_idx, q_idx + 1);
-  extern __shared__ float scores[];
-  const Element* q = a.q.row<const Element>(b, h, q_idx);
-  const float scale = float(a.scale.sign * a.scale.log2);
-  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
-    const Element* k = a.k.row<const Element>(b, h_kv, j);
-    float s = 0;
-    for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
-    scores[j] = s * scale;
-  }
-  __syncthreads();
-  float m = -INFINITY, l = 0;
-  for (int j = keys.begin; j < keys.end; ++j) m = fmaxf(m, scores[j]);
-  for (int j = keys.begin; j < keys.end; ++j) l += exp2f(scores[j] - m);
-  Element* out = a.out.row<Element>(b, h, q_idx);
-  for (int d = threadIdx.x; d < a.shape.D_v; d += blockDim.x) {
-    float o = 0;
-    for (int j = keys.begin; j < keys.end; ++j)
-      o += exp2f(scores[j] - m) * float(a.v.row<const Element>(b, h_kv, j)[d]);
-    out[d] = Element(keys.size() ? o / l : 0);
-  }
-  if (threadIdx.x == 0) lse[row] = keys.size() ? float((m + log2f(l)) * kLn2) : -INFINITY;
+  attend_by_definition<Element>(a, lse, [&](int b, int h, int q_idx, int d, float value) {
+    a.out.row<Element>(b, h, q_idx)[d] = Element(value);
+  });
 }
 
 // P and dS of one pair, by the threads of a block.
@@ -232,19 +194,6 @@ __global__ void dkv_reference(BackwardArgs a, float* dk, float* dv) {
     const int d = threadIdx.x + c * blockDim.x;
     if (d < a.shape.D) dk[row * a.shape.D + d] = sum_k[c] * float(a.factor);
     if (d < a.shape.D_v) dv[row * a.shape.D_v + d] = sum_v[c];
-  }
-}
-
-template <typename Element>
-__global__ void fill_kernel(Element* x, int64_t size, uint32_t seed, float scale) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    const float u = ((z >> 40) + 1) * 0x1p-24f, w = (z & 0xffffff) * 0x1p-24f;
-    x[i] = Element(scale * sqrtf(-2 * logf(u)) * cospif(2 * w));
   }
 }
 
@@ -382,11 +331,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   a.dq = dq.view, a.dk = dk.view, a.dv = dv.view;
   a.lse = lse;
   if (seed % 4 == 0) a.dlse = dlse;
-  a.mask = c.mask == 0   ? Mask::full(c.S_kv)
-           : c.mask == 1 ? Mask::causal(c.S_q, c.S_kv, Alignment::top_left)
-           : c.mask == 2 ? Mask::causal(c.S_q, c.S_kv, Alignment::bottom_right)
-                         : Mask::window(c.S_q, c.S_kv, Alignment::bottom_right, 37 + seed % 200,
-                                        seed % 3 ? int(seed % 50) : 0);
+  a.mask = mask_of(c.mask, c.S_q, c.S_kv, seed);
   a.scale = ScoreScale::from(c.scale, a.dtype);
   a.factor = c.scale;
   a.deterministic = kWays[c.way].ordered;
