@@ -10,11 +10,7 @@
 
 namespace online_attention::cuda {
 
-// Whether a kernel starts when the one before it on the stream has ended, or may do so earlier
-// because it asks for the end itself (ptx::wait_for_kernel_before; compute capability 9.0).
-enum class Start { in_turn, early };
-
-template <Start kStart = Start::in_turn, typename... Params, typename... Args>
+template <typename... Params, typename... Args>
 Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int smem_bytes, void* stream,
               const Args&... args) {
   if (blocks < 1 || blocks > TilePlan::kMaxTiles) {
@@ -29,22 +25,8 @@ Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int smem_b
       return cudaGetErrorString(error);
     }
   }
-  if constexpr (kStart == Start::early) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = static_cast<unsigned>(blocks);
-    config.blockDim = threads;
-    config.dynamicSmemBytes = smem_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &early;
-    config.numAttrs = 1;
-    static_cast<void>(cudaLaunchKernelEx(&config, kernel, args...));
-  } else {
-    kernel<<<static_cast<unsigned>(blocks), threads, smem_bytes,
-             static_cast<cudaStream_t>(stream)>>>(args...);
-  }
+  kernel<<<static_cast<unsigned>(blocks), threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(
+      args...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? kOk : cudaGetErrorString(error);
 }

@@ -29,7 +29,7 @@ struct Variant {
 };
 
 int grid_limit = 132;
-bool start_early = true;
+bool any_order = false;  // even where the library would add in order
 cudaStream_t stream = nullptr;
 __device__ uint64_t measured[4];  // clocks and nanoseconds of a block, begin and end
 __device__ uint64_t global_ns() {
@@ -54,12 +54,8 @@ Status run(const BackwardArgs& args, const BackwardPlan& plan, const BackwardBuf
   BackwardCall call;
   const Status status = describe_call(args, plan, config, buffers, call);
   if (status != kOk) return status;
-  const int64_t blocks = std::min<int64_t>(plan.blocks(), grid_limit);
-  const auto kernel = lab_kernel<Element, D, M, MA, SP, EV>;
-  return start_early
-             ? launch<Start::early>(kernel, blocks, BackwardConfig::kThreads, config.smem_bytes(),
-                                    stream, call)
-             : launch(kernel, blocks, BackwardConfig::kThreads, config.smem_bytes(), stream, call);
+  return launch(lab_kernel<Element, D, M, MA, SP, EV>, std::min<int64_t>(plan.blocks(), grid_limit),
+                BackwardConfig::kThreads, config.smem_bytes(), stream, call);
 }
 
 #ifdef WITH_F16
@@ -74,43 +70,27 @@ const Variant kVariants[] = {
 #include VARIANTS
 };
 
-// How dQ is summed: by whoever comes and finished by a kernel of its own, or by whoever adds last;
-// in order, of which sections of heads fill the device so many times.
-struct Way {
-  const char* name;
-  bool ordered, finishes;
-  int rounds;
-};
-const Way kWays[] = {{"plain", false, false, 0},
-                     {"last", false, true, 0},
-                     {"order1", true, true, 1},
-                     {"order2", true, true, 2},
-                     {"order4", true, true, 4}};
-
 struct Workspace {
   BackwardPlan plan;
   BackwardBuffers buffers;
 };
-Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, const Way& way,
-                        void* memory, size_t bytes) {
+Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, void* memory,
+                        size_t bytes) {
   Workspace w;
   w.plan = plan_blocks(a, config, 132);
   const size_t rows = w.plan.dq_tiles() * config.tile_m;
   const size_t sums = w.plan.dq_tiles() * config.dq_floats();
+  const size_t counters = 2 * w.plan.dq_tiles();
   w.buffers.dq_sums = static_cast<float*>(memory);
   w.buffers.lse2 = w.buffers.dq_sums + sums;
   w.buffers.delta = w.buffers.lse2 + rows;
-  w.buffers.added = reinterpret_cast<uint64_t*>(w.buffers.delta + rows);
-  w.buffers.ordered = way.ordered;
-  w.buffers.finishes = way.finishes;
-  if (a.mask.is_banded() || way.ordered) {
-    w.buffers.taken = reinterpret_cast<uint32_t*>(w.buffers.added + 2 * w.plan.dq_tiles());
+  auto* added = reinterpret_cast<int32_t*>(w.buffers.delta + rows);
+  const bool ordered = adds_in_order(a, w.plan) && !any_order;
+  if (ordered) w.buffers.added = added;
+  if (a.mask.is_banded() || ordered) {
+    w.buffers.taken = reinterpret_cast<uint32_t*>(added + counters);
   }
-  if (way.ordered) {
-    w.plan.section_heads =
-        std::min<uint32_t>(w.plan.heads, ceil_div<uint32_t>(132 * way.rounds, w.plan.kv_tiles));
-  }
-  if ((sums + 2 * rows + 4 * w.plan.dq_tiles() + 1) * 4 > bytes) {
+  if ((sums + 2 * rows + counters + 1) * 4 > bytes) {
     std::printf("workspace too small\n");
     std::exit(1);
   }
@@ -119,7 +99,7 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, con
 #define RUN_ALL(a, w, variant, kernel)                                   \
   RUN(prepare_rows(a, (w).plan, (variant).config, (w).buffers, stream)); \
   RUN((kernel)(a, (w).plan, (w).buffers));                               \
-  if (!(w).buffers.finishes) RUN(finish_dq(a, (w).plan, (variant).config, (w).buffers, stream))
+  if (!(w).buffers.added) RUN(finish_dq(a, (w).plan, (variant).config, (w).buffers, stream))
 
 template <typename Element>
 __global__ void forward_reference(BackwardArgs a, float* lse) {
@@ -206,7 +186,7 @@ __global__ void fill_constant(float* x, int64_t size, float value) {
 struct Case {
   int B, H, H_kv, S_q, S_kv, D, D_v;
   int mask;  // 0 full, 1 causal top left, 2 bottom right, 3 window
-  int way;
+  bool deterministic;
   int poison;  // 0 none, 1 K and V rows NaN, 2 V has Inf, 3 Q has NaN or Inf, 4 dO has
   double scale;
 };
@@ -334,12 +314,12 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   a.mask = mask_of(c.mask, c.S_q, c.S_kv, seed);
   a.scale = ScoreScale::from(c.scale, a.dtype);
   a.factor = c.scale;
-  a.deterministic = kWays[c.way].ordered;
+  a.deterministic = c.deterministic;
   forward_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, lse);
   dq_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, want_dq);
   dkv_reference<Element><<<kv_rows, 128, c.S_q * 8 + 16>>>(a, want_dk, want_dv);
   CHECK(cudaDeviceSynchronize());
-  const Workspace w = workspace_for(a, variant.config, kWays[c.way], memory, bytes);
+  const Workspace w = workspace_for(a, variant.config, memory, bytes);
   const auto kernel = a.dtype == DType::f16 ? variant.f16 : variant.bf16;
   std::vector<uint16_t> first_dq, first_dk, first_dv;
   bool same = true;
@@ -354,7 +334,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
       first_dq = dq.get(), first_dk = dk.get(), first_dv = dv.get();
     } else {
       same &= first_dk == dk.get() && first_dv == dv.get();
-      if (kWays[c.way].ordered) same &= first_dq == dq.get();
+      if (c.deterministic) same &= first_dq == dq.get();
     }
   }
   const double limit = a.dtype == DType::f16 ? 1.5e-3 : 1.0e-2;
@@ -364,9 +344,9 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
                             dv.compare(want_dv, limit, good);
   if (!good || verbose) {
     std::printf(
-        "%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d %s poison%d scale%g same%d: %s\n",
+        "%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d det%d poison%d scale%g same%d: %s\n",
         good ? "ok  " : "FAIL", variant.name, a.dtype == DType::f16 ? "f16" : "bf16", seed, c.B,
-        c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, kWays[c.way].name, c.poison, c.scale, same,
+        c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, c.deterministic, c.poison, c.scale, same,
         texts.c_str());
     std::fflush(stdout);
   }
@@ -398,7 +378,8 @@ int check_all(int cases, const char* only) {
       c.mask = i < 2 ? 0 : pick({0, 1, 2, 2, 3});
       if (!variant.config.masked) c.mask = 0;
       c.poison = i < 2 ? 0 : pick({0, 0, 0, 1, 2, 3, 4});
-      c.way = i % 5;
+      c.deterministic = i % 2 == 1;
+      any_order = i % 4 == 0;
       c.scale = (i % 7 == 5 ? -1.0 : i % 7 == 6 ? 3.0 : 1.0) / std::sqrt(c.D);
       grid_limit = pick({1, 7, 131, 1 << 30});
       failed_here += !check<__nv_bfloat16>(variant, c, 1000 + i, i < 1);
@@ -457,8 +438,7 @@ int soak() {
   for (const Variant& variant : kVariants) {
     for (int causal = 0; causal < 2; ++causal) {
       if (variant.causal != 2 && variant.causal != causal) continue;
-      for (const Way& way : kWays) {
-        const bool det = way.ordered;
+      for (int det = 0; det < 2; ++det) {
         const int D = variant.config.head_dim, S = 2048 + 96;
         const int64_t H = 8, H_kv = 4, B = 2;
         std::vector<uint16_t> want, got(B * S * H * D);
@@ -470,8 +450,7 @@ int soak() {
             Problem& problem = of ? second : first;
             const BackwardArgs a = problem.args(B, H, H_kv, S, D, causal, det);
             CHECK(cudaDeviceSynchronize());
-            const Workspace w =
-                workspace_for(a, variant.config, way, problem.memory, problem.bytes);
+            const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
             CHECK(cudaMemset(a.dq.data, 0xff, got.size() * 2));
             CHECK(cudaDeviceSynchronize());
             stream = streams[of];
@@ -495,7 +474,7 @@ int soak() {
         failed += det && different > 0;
         std::printf("%s (%s) %s %s: %d of 99 differ, at most %.2e, rms of dq %.2e\n",
                     det && different ? "FAIL" : "ok  ", variant.name, causal ? "causal" : "full",
-                    way.name, different, most, norm);
+                    det ? "deterministic" : "ordinary", different, most, norm);
         std::fflush(stdout);
       }
     }
@@ -531,6 +510,8 @@ void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, 
   for (auto& event : events) CHECK(cudaEventDestroy(event));
 }
 
+const char* kWays[] = {"any", "", "det"};
+
 int bench(const char* only, int shortest, int longest) {
   const size_t flush_bytes = size_t{160} << 20;
   void* flush;
@@ -546,10 +527,11 @@ int bench(const char* only, int shortest, int longest) {
         if (variant.causal != 2 && variant.causal != causal) continue;
         const int D = variant.config.head_dim;
         const int64_t B = 16384 / S, H = 2048 / D;
-        for (const Way& way : kWays) {
+        for (int way = 0; way < 3; ++way) {  // in any order, as the library would, deterministic
+          any_order = way == 0;
           const BackwardArgs a = problem.args(B, H, group == nullptr ? H : H / std::atoi(group), S,
-                                              D, causal, way.ordered);
-          const Workspace w = workspace_for(a, variant.config, way, problem.memory, problem.bytes);
+                                              D, causal, way == 2);
+          const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
           grid_limit = grid != nullptr ? std::atoi(grid) : D > 96 ? 1 << 30 : 132;
           float us[2];
           time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
@@ -557,7 +539,7 @@ int bench(const char* only, int shortest, int longest) {
           CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
           const double flop = 10e-6 * B * H * double(S) * S * D / (causal ? 2 : 1);
           std::printf("%-6s S %5d (%-20s) %-6s %5.0f %5.0f   %6.0f %6.0f   %.0f MHz\n",
-                      causal ? "causal" : "full", S, variant.name, way.name, flop / us[0],
+                      causal ? "causal" : "full", S, variant.name, kWays[way], flop / us[0],
                       flop / (us[0] - us[1]), us[1], us[0],
                       1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
         }
@@ -574,6 +556,5 @@ int main(int argc, char** argv) {
   if (mode == "check") return check_all(argc > 2 ? std::atoi(argv[2]) : 40, only);
   if (mode == "bench" && argc > 2) only = std::strcmp(argv[2], "all") != 0 ? argv[2] : nullptr;
   if (mode == "soak") return soak();
-  start_early = std::getenv("LAB_LATE") == nullptr;
   return bench(only, argc > 3 ? std::atoi(argv[3]) : 512, argc > 4 ? std::atoi(argv[4]) : 16384);
 }

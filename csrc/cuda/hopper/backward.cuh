@@ -55,7 +55,6 @@ __device__ __forceinline__ void backward_block(const BackwardCall& call, unsigne
     ptx::prefetch_tensor_map(call.dv.map);
   }
   __syncthreads();
-  ptx::let_kernel_behind_start();
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128u), 0);
   if (group == 0) {
     ptx::give_registers<kConfig.producer_registers()>();

@@ -2,6 +2,8 @@
 // How the Hopper backward is cut into key tiles, and what it keeps in the workspace.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/backward_plan.h"
 #include "cuda/hopper/backward_config.h"
 
@@ -14,17 +16,23 @@ struct BackwardBuffers {
   float* delta = nullptr;
   // fp32 sums of dQ before the scale, a tile after the other as dq_place has them.
   float* dq_sums = nullptr;
-  // For each query tile and each group's part of its dQ: how many key tiles have begun to add (low
-  // half) and how many have done so. 0 at the start.
-  uint64_t* added = nullptr;
-  // Key tiles add to a dQ in ascending order.
-  bool ordered = false;
-  // The last to add writes dQ.
-  bool finishes = false;
-  // How many key tiles have been taken, in calls that are not deterministic beyond the first of
-  // each block. 0 at the start; nullptr: blocks take turns.
+  // Where key tiles add in order: how many have, for each query tile and each group's part of its
+  // dQ. 0 at the start. nullptr: they add in any order, and the sums are 0 at the start.
+  int32_t* added = nullptr;
+  // How many key tiles have been taken, where they add in any order beyond the first of each block.
+  // 0 at the start; nullptr: blocks take turns.
   uint32_t* taken = nullptr;
 };
+
+// Whether key tiles add to a dQ in ascending order. Then the first of them stores and the last one
+// writes dQ itself: neither zeros before nor a kernel behind. For that they wait for each other, so
+// beside deterministic calls it is for those that have few key tiles.
+inline bool adds_in_order(const BackwardArgs& args, const BackwardPlan& plan) {
+  constexpr uint32_t kFewTiles = 4, kFewOfGroups = 32;  // measured: docs/hopper_backward.md
+  if (args.deterministic) return true;
+  if (!args.mask.is_banded()) return plan.kv_tiles <= kFewTiles;
+  return plan.kv_tiles <= (plan.group > 1 ? kFewOfGroups : kFewTiles * 128 / plan.tile_m);
+}
 
 // Which heads are interleaved, so that their blocks run side by side.
 //
@@ -32,18 +40,25 @@ struct BackwardBuffers {
 // are, the more of what their blocks share is in the L2 cache. Of few tiles all are, or long ones
 // would begin when there is nothing left to do beside them.
 //
-// In deterministic calls more of them: each key tile of a head goes its way a step behind the one
-// before, and the fewer of them run side by side, the less they have to wait.
+// Where key tiles add in order, each goes its way a step behind the one before: the more heads, the
+// fewer of one head run side by side and have to wait.
 inline BackwardPlan plan_blocks(const BackwardArgs& args, const BackwardConfig& config,
                                 int multiprocessors) {
   BackwardPlan plan = plan_backward(args, config.tile_m, BackwardConfig::kTileN, multiprocessors);
-  if (args.mask.is_banded() || args.deterministic) {
-    constexpr int64_t kFewRounds = 8;
-    const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * multiprocessors;
-    const auto rounds = static_cast<uint32_t>(args.deterministic ? 4 : 1);
-    const auto filling = ceil_div(rounds * static_cast<uint32_t>(multiprocessors), plan.kv_tiles);
-    plan.section_heads = few || filling >= plan.heads ? plan.heads : filling;
+  const bool banded = args.mask.is_banded(), ordered = adds_in_order(args, plan);
+  if (!banded && !ordered) return plan;
+  const auto device = static_cast<uint32_t>(multiprocessors);
+  constexpr uint32_t kFewRounds = 8, kHeadsMin = 3, kRoundsMax = 4, kTilesOfARound = 8;
+  uint32_t heads = ceil_div(device, plan.kv_tiles);
+  if (ordered && banded) {
+    const uint32_t rounds =
+        std::max(plan.kv_tiles / kTilesOfARound, 1u) * static_cast<uint32_t>(plan.tile_m) / 64;
+    heads = ceil_div(device * std::min(rounds, kRoundsMax), plan.kv_tiles);
+  } else if (ordered) {
+    heads = std::max(heads, kHeadsMin);
   }
+  const bool few = banded && int64_t{plan.heads} * plan.kv_tiles <= int64_t{kFewRounds} * device;
+  plan.section_heads = few ? plan.heads : std::min(heads, plan.heads);
   return plan;
 }
 

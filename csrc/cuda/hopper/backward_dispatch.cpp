@@ -48,11 +48,14 @@ const Kernels& kernels_for(const BackwardArgs& args) {
 struct Sizes {
   int64_t dq_sums, terms, added, taken;
 
-  Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan)
-      : dq_sums(plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)}),
-        terms(aligned(plan.dq_tiles() * config.terms_bytes())),
-        added(aligned(plan.dq_tiles() * BackwardConfig::kGroups * int64_t{sizeof(uint64_t)})),
-        taken(args.mask.is_banded() || args.deterministic ? sizeof(uint32_t) : 0) {}
+  Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan) {
+    const bool ordered = adds_in_order(args, plan);
+    dq_sums = plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)};
+    terms = aligned(plan.dq_tiles() * config.terms_bytes());
+    added =
+        ordered ? aligned(plan.dq_tiles() * BackwardConfig::kGroups * int64_t{sizeof(int32_t)}) : 0;
+    taken = ordered || args.mask.is_banded() ? sizeof(uint32_t) : 0;
+  }
   static int64_t aligned(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
   int64_t total() const { return dq_sums + 2 * terms + added + taken; }
   BackwardBuffers in(void* workspace) const {
@@ -63,7 +66,7 @@ struct Sizes {
     return {.lse2 = reinterpret_cast<float*>(lse2),
             .delta = reinterpret_cast<float*>(delta),
             .dq_sums = reinterpret_cast<float*>(sums),
-            .added = reinterpret_cast<uint64_t*>(counters),
+            .added = added > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr,
             .taken = taken > 0 ? reinterpret_cast<uint32_t*>(counters + added) : nullptr};
   }
 };
@@ -102,9 +105,11 @@ Status backward(const BackwardArgs& args, const Launch& launch) {
   const BackwardConfig& config = kernels.config;
   const BackwardPlan plan = plan_blocks(args, config, launch.device.multiprocessors);
   const BackwardBuffers buffers = Sizes(args, config, plan).in(launch.workspace);
-  const Status status = prepare_rows(args, plan, config, buffers, launch.stream);
+  Status status = prepare_rows(args, plan, config, buffers, launch.stream);
   if (status != kOk) return status;
-  return (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
+  status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
+  if (status != kOk || args.dq.data == nullptr || buffers.added != nullptr) return status;
+  return finish_dq(args, plan, config, buffers, launch.stream);
 }
 
 }  // namespace online_attention::cuda::hopper

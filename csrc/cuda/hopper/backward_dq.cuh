@@ -1,24 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dQ: a warp for each group of consumers adds what the group computed to the sums in memory, or
-// finishes the gradient if all others have added.
+// dQ: a warp for each group of consumers adds what the group computed to the sums in memory, and
+// finishes the gradient where all others have added.
 #pragma once
 
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/backward_loader.cuh"
 #include "cuda/hopper/product.cuh"
 #include "cuda/ptx/global.cuh"
-#include "cuda/ptx/griddep.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 
 namespace online_attention::cuda::hopper {
 
-// Of the key tiles that see a query tile, the first to add stores, which is why nobody clears the
-// sums, and the last one reads them, adds in its registers, rounds and writes dQ. Others wait for
-// the first.
-//
-// Who is which: whoever comes first, by a claim. In deterministic calls key tiles add in ascending
-// order, and each waits for the one before, which began earlier (see BackwardLoader). A block only
-// ever waits for blocks that run: nothing hangs, however few there is room for.
+// Key tiles add in any order to sums that are 0 at the start, and a kernel behind makes dQ of them
+// (finish_dq). Or in ascending order: then of those that see a query tile the first one stores, the
+// last one reads the sums, adds in its registers, scales, rounds and writes dQ, and each waits for
+// the one before, which began earlier (BackwardLoader::first_index). So a block waits only for
+// blocks that run: nothing hangs, however few there is room for.
 template <typename Element, BackwardConfig kConfig>
 struct DqWriter {
   static constexpr int kRoundedBytes = kConfig.dq_queries() * kDqColumns * 2;  // of a warp's dQ
@@ -35,45 +32,31 @@ struct DqWriter {
   __device__ __forceinline__ static bool speaks() { return lane() == 0; }
 
   // How many have added to a group's part of a query tile, and to where.
-  __device__ __forceinline__ static int32_t done(uint64_t added) {
-    return static_cast<int32_t>(added >> 32);
-  }
-  __device__ __forceinline__ uint64_t* added(const DqTask& task) const {
+  __device__ __forceinline__ int32_t* added(const DqTask& task) const {
     return call.buffers.added + uint64_t{task.index} * BackwardConfig::kGroups + group();
   }
   __device__ __forceinline__ float* sums(const DqTask& task) const {
     return call.buffers.dq_sums + uint64_t{task.index} * kConfig.dq_floats() +
            group() * kConfig.dq_warp_bytes();  // of 4 warps, in floats
   }
-  __device__ __forceinline__ uint64_t acquire(const DqTask& task) const {
-    uint64_t value = 0;
-    if (speaks()) value = ptx::load_acquire(added(task));
-    return __shfl_sync(0xffffffffu, value, 0);
-  }
 
   __device__ __forceinline__ void run() {
-    ptx::wait_for_kernel_before();
 #pragma unroll 1
     for (;; ++phases) {
       wait(smem.task_full(phases), phases / BackwardConfig::kTasks % 2);
       const DqTask& task = smem.task(phases);  // read where it is needed: there are few registers
       if (task.last < 0) break;
-      const int32_t place = task.place;
-      if (place > 0) {
-        while (done(acquire(task)) != place) {
+      if (speaks() && task.place > 0) {
+        while (ptx::load_acquire(added(task)) != task.place) {
         }
       }
-      if (place == task.last) prepare_sums(task, task.last > 0);
+      __syncwarp();
+      if (task.place == task.last) prepare_sums(task);
       wait(smem.dq_full(group()), phases % 2);
-      if (place == task.last) {
-        finish(task, true);
-      } else {
-        bool is_last = false;
-        if (speaks()) is_last = add(task, place);
-        if (place < 0 && __any_sync(0xffffffffu, is_last)) {
-          prepare_sums(task, true);
-          finish(task, false);
-        }
+      if (task.place == task.last) {
+        finish(task);
+      } else if (speaks()) {
+        add(task);
       }
       __syncwarp();
       if (speaks()) ptx::mbarrier_arrive(smem.task_empty(phases));
@@ -82,10 +65,10 @@ struct DqWriter {
   }
 
   // One thread.
-  __device__ __forceinline__ bool add(const DqTask& task, int32_t place) const {
+  __device__ __forceinline__ void add(const DqTask& task) const {
     const uint32_t source = smem.dq(4 * group()), bytes = kConfig.dq_group_bytes(group());
     ptx::fence_async_proxy_global();
-    if (place == 0) {
+    if (task.place == 0) {
       ptx::bulk_store(sums(task), source, bytes);
     } else {
       ptx::bulk_reduce_add(sums(task), source, bytes);
@@ -93,20 +76,18 @@ struct DqWriter {
     ptx::tma_store_commit();
     ptx::tma_store_wait_read<0>();
     ptx::mbarrier_arrive(smem.dq_empty(group()));
-    if (place < 0 && !call.buffers.finishes) return false;
+    if (task.place < 0) return;
     ptx::tma_store_wait<0>();
     ptx::fence_async_proxy_global();
-    if (place < 0) return done(ptx::fetch_add(added(task), uint64_t{1} << 32)) == task.last;
-    ptx::release_add(added(task), uint64_t{1} << 32);
-    return false;
+    ptx::release_add(added(task), 1);
   }
 
   // Starts to bring the sums, to which all others have added, or zeros if there is nobody else.
-  __device__ __forceinline__ void prepare_sums(const DqTask& task, bool others) const {
+  __device__ __forceinline__ void prepare_sums(const DqTask& task) const {
     if (speaks()) ptx::tma_store_wait_read<0>();  // of what was finished last
     __syncwarp();
     const int bytes = kConfig.dq_group_bytes(group());
-    if (!others) {
+    if (task.last == 0) {
       constexpr uint32_t kZeros[4] = {};
 #pragma unroll 1
       for (int i = lane() * 16; i < bytes; i += 512) {
@@ -121,8 +102,8 @@ struct DqWriter {
 
   // (E30) Scales, rounds and writes dQ. Rounded rows of 16 columns take the place of sums that have
   // been read.
-  __device__ __forceinline__ void finish(const DqTask& task, bool own_too) {
-    if (task.last > 0 || !own_too) {
+  __device__ __forceinline__ void finish(const DqTask& task) {
+    if (task.last > 0) {
       wait(smem.sums_full(group()), phases >> 31);
       phases ^= 1u << 31;
     }
@@ -137,8 +118,8 @@ struct DqWriter {
       uint32_t words[4];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        uint32_t x[4] = {}, y[4];
-        if (own_too) ptx::load_shared(x, own + e * 512);
+        uint32_t x[4], y[4];
+        ptx::load_shared(x, own + e * 512);
         ptx::load_shared(y, own + e * 512 + kToSums);
         float sum[4];
 #pragma unroll
@@ -156,7 +137,7 @@ struct DqWriter {
     __syncwarp();
     if (!speaks()) return;
     if (call.args.dq.data != nullptr) store(task);
-    if (own_too) ptx::mbarrier_arrive(smem.dq_empty(group()));
+    ptx::mbarrier_arrive(smem.dq_empty(group()));
   }
   __device__ __forceinline__ void store(const DqTask& task) const {
     const int32_t column = kConfig.boxes() == 1 ? 0 : group() * BackwardConfig::kColumns;

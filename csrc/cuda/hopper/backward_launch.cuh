@@ -62,8 +62,8 @@ Status launch_backward(const BackwardArgs& args, const BackwardPlan& plan,
   const int64_t blocks = kConfig.persistent
                              ? std::min<int64_t>(plan.blocks(), on.device.multiprocessors)
                              : plan.blocks();
-  return launch<Start::early>(hopper_backward_kernel<Element, kHeadDim, kMasked>, blocks,
-                              BackwardConfig::kThreads, kConfig.smem_bytes(), on.stream, call);
+  return launch(hopper_backward_kernel<Element, kHeadDim, kMasked>, blocks,
+                BackwardConfig::kThreads, kConfig.smem_bytes(), on.stream, call);
 }
 
 }  // namespace online_attention::cuda::hopper

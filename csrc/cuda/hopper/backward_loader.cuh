@@ -5,7 +5,6 @@
 #include "cuda/hopper/backward_call.h"
 #include "cuda/hopper/backward_map.cuh"
 #include "cuda/ptx/bulk.cuh"
-#include "cuda/ptx/griddep.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace online_attention::cuda::hopper {
@@ -46,26 +45,37 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
   tile.steps = (end - begin) * call.plan.group;
   // Blocks of a head that run side by side keep apart, or all would add to the same dQ.
   const auto apart = static_cast<uint32_t>(at.kv_tile) * uint64_t{static_cast<uint32_t>(end)};
-  tile.q_tile_first = call.buffers.ordered ? end - 1
-                      : mask.is_banded()   ? begin
-                                           : static_cast<int32_t>(apart / call.plan.kv_tiles);
+  tile.q_tile_first = call.buffers.added != nullptr ? end - 1
+                      : mask.is_banded() ? begin
+                                         : static_cast<int32_t>(apart / call.plan.kv_tiles);
 }
 
-// The steps of a key tile: the heads of the group in turn; query tiles in ascending order from the
-// first one on, then those before it; in deterministic calls in descending order.
+// The steps of a key tile: heads of the group in turn; of each the query tiles in ascending order
+// from the first one on, then those before it.
+//
+// Where key tiles add in order they go in descending order, so that those that see few queries
+// begin with what others have begun with. And under a mask all heads come to a query tile before
+// the next: head by head, those of fewer tiles would catch up with those that they have to wait
+// for.
 __device__ __forceinline__ QueryStep first_step(const BackwardCall& call, const KeyTile& tile) {
   return {tile.h_kv * call.plan.group, tile.q_tile_first};
 }
 __device__ __forceinline__ void advance(QueryStep& step, const BackwardCall& call,
                                         const KeyTile& tile) {
-  const int32_t group = call.plan.group;
-  if (++step.h < (tile.h_kv + 1) * group) return;
-  step.h -= group;
-  if (call.buffers.ordered) {
+  const bool ordered = call.buffers.added != nullptr;
+  if (ordered && call.args.mask.is_banded()) {
+    const int32_t group = call.plan.group;
+    if (++step.h < (tile.h_kv + 1) * group) return;
+    step.h -= group;
     --step.q_tile;
+    return;
+  }
+  if (ordered) {
+    if (--step.q_tile < tile.q_tile_begin) step.q_tile = tile.q_tile_end - 1;
   } else if (++step.q_tile == tile.q_tile_end) {
     step.q_tile = tile.q_tile_begin;
   }
+  if (step.q_tile == tile.q_tile_first) ++step.h;
 }
 // Among the query tiles of all heads.
 __device__ __forceinline__ uint32_t tile_index(const BackwardCall& call, const KeyTile& tile,
@@ -115,8 +125,9 @@ struct BackwardLoader {
           call.args.mask, static_cast<int32_t>(call.args.shape.S_q), step.q_tile);
       task.index = tile_index(call, tile, step);
       task.last = adders.size() - 1;
-      task.place =
-          call.buffers.ordered ? tile.kv_begin / BackwardConfig::kTileN - adders.begin : -1;
+      task.place = call.buffers.added != nullptr
+                       ? tile.kv_begin / BackwardConfig::kTileN - adders.begin
+                       : -1;
       task.b = tile.b;
       task.h = step.h;
       task.q_begin = step.q_tile * kConfig.tile_m;
@@ -125,17 +136,17 @@ struct BackwardLoader {
   }
 
   // Which key tile comes first, and next. Those of a call without a mask go round the blocks,
-  // others are taken by whoever is free. Deterministic calls take even the first, so that whoever
-  // adds to a dQ after somebody else has begun later than he: of the order in which blocks start
-  // nothing is known.
+  // others are taken by whoever is free. Where they add in order even the first is taken, so that a
+  // block waits for others only that began earlier: of the order in which blocks start nothing is
+  // known.
   __device__ __forceinline__ uint32_t first_index() const {
-    return call.buffers.ordered ? atomicAdd(call.buffers.taken, 1u) : blockIdx.x;
+    return call.buffers.added != nullptr ? atomicAdd(call.buffers.taken, 1u) : blockIdx.x;
   }
   __device__ __forceinline__ uint32_t next_index(uint32_t index, uint32_t tiles) const {
     if (gridDim.x >= tiles) return tiles;
     if (call.buffers.taken == nullptr) return index + gridDim.x;
     const uint32_t taken = atomicAdd(call.buffers.taken, 1u);
-    return call.buffers.ordered ? taken : gridDim.x + taken;
+    return call.buffers.added != nullptr ? taken : gridDim.x + taken;
   }
 
   // One thread, which brings keys and values as soon as those before them have been read, and tells
@@ -169,7 +180,6 @@ struct BackwardLoader {
   // while the one before is computed.
   __device__ __forceinline__ void run_queries() const {
     const auto tiles = static_cast<uint32_t>(call.plan.blocks());
-    ptx::wait_for_kernel_before();
     uint32_t index = first_index();
     uint32_t i = 0;  // steps of all key tiles
 #pragma unroll 1

@@ -4,7 +4,6 @@
 #include "core/softmax_row.h"
 #include "cuda/fragment.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/ptx/griddep.cuh"
 
 namespace online_attention::cuda::hopper {
 namespace {
@@ -27,7 +26,6 @@ __global__ void __launch_bounds__(kThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardArgs args,
                         const __grid_constant__ BackwardBuffers buffers, int64_t rows,
                         int32_t head_rows, int32_t tile_m, int lanes) {
-  ptx::let_kernel_behind_start();
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is read last is used first
@@ -49,7 +47,11 @@ __global__ void __launch_bounds__(kThreads)
       sum += static_cast<float>(x.e[e]) * static_cast<float>(y.e[e]);
     }
   }
-  if (!buffers.ordered) {
+  if (buffers.added != nullptr) {
+    if (s % tile_m == 0 && lane < BackwardConfig::kGroups) {
+      buffers.added[row / tile_m * BackwardConfig::kGroups + lane] = 0;
+    }
+  } else {
     float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * lanes * kVector);
     zeros[lane] = float4{};
     zeros[lane + lanes] = float4{};
@@ -61,9 +63,6 @@ __global__ void __launch_bounds__(kThreads)
     if (args.mask.kv_range(q_begin, q_end).size() == 0) {
       *reinterpret_cast<uint4*>(args.dq.template row<Element>(b, h, s) + lane * kVector) = uint4{};
     }
-  }
-  if (s % tile_m == 0 && lane < BackwardConfig::kGroups) {
-    buffers.added[row / tile_m * BackwardConfig::kGroups + lane] = 0;
   }
   const uint32_t among = lanes == 32 ? ~0u : ((1u << lanes) - 1) << (threadIdx.x % 32u - lane);
   for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(among, sum, other);
@@ -88,7 +87,6 @@ __global__ void __launch_bounds__(kThreads)
     finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
                      BackwardConfig config, int32_t q_tiles) {
   extern __shared__ __align__(16) unsigned char smem[];
-  ptx::wait_for_kernel_before();
   const uint32_t block =
       gridDim.x - 1 - blockIdx.x;  // what was added to last is still in the cache
   auto* tile = reinterpret_cast<Element*>(smem);
@@ -134,9 +132,9 @@ Status finish_as(const BackwardArgs& args, const BackwardPlan& plan, const Backw
                  const BackwardBuffers& buffers, void* stream) {
   const int bytes =
       config.tile_m * (config.boxes() * BackwardConfig::kColumns + kVector) * sizeof(Element);
-  return launch<Start::early>(finish_dq_kernel<Element>, plan.dq_tiles(), kThreads, bytes, stream,
-                              args, static_cast<const float*>(buffers.dq_sums), config,
-                              static_cast<int32_t>(plan.q_tiles));
+  return launch(finish_dq_kernel<Element>, plan.dq_tiles(), kThreads, bytes, stream, args,
+                static_cast<const float*>(buffers.dq_sums), config,
+                static_cast<int32_t>(plan.q_tiles));
 }
 
 }  // namespace

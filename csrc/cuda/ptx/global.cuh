@@ -30,28 +30,9 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
   return value;
 }
 
-__device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
-  uint64_t value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-  return value;
-}
-
-// atom.acq_rel.gpu.add.u64 (PTX 6.0, sm_70): returns what was there.
-__device__ __forceinline__ uint64_t fetch_add(uint64_t* address, uint64_t x) {
-  uint64_t value;
-  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
-               : "=l"(value)
-               : "l"(address), "l"(x)
-               : "memory");
-  return value;
-}
-
 // red.release.gpu.add.s32 (PTX 6.0, sm_70).
 __device__ __forceinline__ void release_add(int32_t* address, int32_t x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
-}
-__device__ __forceinline__ void release_add(uint64_t* address, uint64_t x) {
-  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(x) : "memory");
 }
 
 }  // namespace online_attention::cuda::ptx
