@@ -447,17 +447,21 @@ int soak() {
         int different = 0;
         for (int run = 0; run < 100; ++run) {
           grid_limit = run % 4 == 3 ? 37 : 132;
-          for (int of = 0; of < (run % 2 ? 2 : 1); ++of) {
-            Problem& problem = of ? second : first;
-            const BackwardArgs a = problem.args(B, H, H_kv, S, D, causal, det);
-            CHECK(cudaDeviceSynchronize());
-            const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
-            CHECK(cudaMemset(a.dq.data, 0xff, got.size() * 2));
-            CHECK(cudaDeviceSynchronize());
-            stream = streams[of];
-            RUN_ALL(a, w, variant, variant.bf16);
-            stream = nullptr;
+          const int running = run % 2 ? 2 : 1;
+          BackwardArgs args[2];
+          for (int of = 0; of < running; ++of) {
+            args[of] = (of ? second : first).args(B, H, H_kv, S, D, causal, det);
+            CHECK(cudaMemsetAsync(args[of].dq.data, 0xff, got.size() * 2));
           }
+          CHECK(cudaDeviceSynchronize());
+          for (int of = 0; of < running; ++of) {
+            Problem& problem = of ? second : first;
+            const Workspace w =
+                workspace_for(args[of], variant.config, problem.memory, problem.bytes);
+            stream = streams[of];
+            RUN_ALL(args[of], w, variant, variant.bf16);
+          }
+          stream = nullptr;
           CHECK(cudaDeviceSynchronize());
           CHECK(cudaMemcpy(got.data(), first.tensors[5], got.size() * 2, cudaMemcpyDeviceToHost));
           if (run == 0) want = got;
