@@ -34,35 +34,35 @@ void* workspace() {
   return memory;
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS>
+template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
 __global__ void __launch_bounds__(128 * (G + 1), 1)
     lab_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
   forward_block<Element, config>(call, smem);
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS>
+template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
 Status run(const ForwardArgs& args, int grid) {
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
   ForwardCall call;
   const Status status = describe_call(args, config, 132, call);
   if (status != kOk) return status;
   place_workspace(workspace(), call);
   if (call.taken) CHECK(cudaMemsetAsync(call.taken, 0, 4));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(grid, call.plan.tiles()));
-  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS>, blocks, config.threads(),
-                                 config.smem_bytes(), nullptr, call);
+  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS, T>, blocks,
+                                 config.threads(), config.smem_bytes(), nullptr, call);
   if (launched != kOk || call.plan.splits == 1) return launched;
   return combine(args, call.plan, call.partial, nullptr);
 }
 
-#define VARIANT(causal, D, DV, N, G, S, QS)     \
-  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS, \
-   {D, DV, N, G, S, QS},                        \
-   causal,                                      \
-   run<__nv_bfloat16, D, DV, N, G, S, QS>,      \
-   F16(D, DV, N, G, S, QS)}
+#define VARIANT(causal, D, DV, N, G, S, QS, T)               \
+  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS " turns " #T, \
+   {D, DV, N, G, S, QS, T},                                  \
+   causal,                                                   \
+   run<__nv_bfloat16, D, DV, N, G, S, QS, T>,                \
+   F16(D, DV, N, G, S, QS, T)}
 #ifdef WITH_F16
 #define F16(...) run<__half, __VA_ARGS__>
 #else
@@ -296,6 +296,24 @@ int bench(const char* only) {
   }
   float* lse;
   CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
+  if (only != nullptr && std::strncmp(only, "one", 3) == 0) {  // one:variant:S:causal
+    int v, S, causal;
+    std::sscanf(only, "one:%d:%d:%d", &v, &S, &causal);
+    const Variant& variant = kVariants[v];
+    const int D = variant.config.head_dim;
+    const int64_t B = 16384 / S, H = 2048 / D;
+    ForwardArgs a;
+    a.dtype = DType::bf16;
+    a.shape = {B, H, H, S, S, D, D};
+    for (auto [view, p] : {std::pair{&a.q, 0}, {&a.k, 1}, {&a.v, 2}, {&a.out, 3}})
+      *view = {tensors[p], S * H * D, D, H * D};
+    a.lse = lse;
+    a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
+    a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
+    for (int i = 0; i < 2; ++i) variant.bf16(a, 132);
+    CHECK(cudaDeviceSynchronize());
+    return 0;
+  }
   const int lengths[] = {512, 1024, 2048, 4096, 8192, 16384};
   constexpr int kRounds = 5;
   constexpr int kCount = sizeof kVariants / sizeof kVariants[0];
@@ -309,7 +327,7 @@ int bench(const char* only) {
           const Variant& variant = kVariants[v];
           if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
           const int D = variant.config.head_dim;
-          if (variant.config.value_dim != D || 2048 % D != 0) continue;
+          if (variant.config.value_dim != D) continue;
           if (variant.causal != 2 && variant.causal != causal) continue;
           const int64_t B = 16384 / S, H = 2048 / D;
           ForwardArgs a;

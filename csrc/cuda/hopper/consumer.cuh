@@ -18,7 +18,9 @@ struct Consumer {
   uint32_t opened = 0;  // query tiles before this one
   uint32_t tiles = 0;   // key tiles whose scores are done; the values of the last are still to come
   bool k_came = false;  // whether the keys of the next one are known to be there
-  WarpgroupTile<Element, kConfig> rows;
+  using Rows = WarpgroupTile<Element, kConfig>;
+  Rows rows;
+  typename Rows::Scores scores;
   bool nonfinite = false;  // some value of the query tile was, see inspect_values
 
   // The last key tile whose scores were started, whether it is the first of its query tile and
@@ -55,7 +57,7 @@ struct Consumer {
   __device__ __forceinline__ void start_scores() {
     const int stage = stage_of(tiles);
     if (!k_came) wait(smem.k_full(stage), phase_of(tiles));
-    rows.start_scores(smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
+    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
   }
   // O += P V of the last key tile, whose values have come.
   template <bool kPlain>
@@ -66,20 +68,31 @@ struct Consumer {
   }
   // S has been computed: gives back the keys and, after the last of them, the queries.
   __device__ __forceinline__ void release_k() {
-    if (!speaks()) return;
-    ptx::mbarrier_arrive(smem.k_empty(stage_of(tiles)));
-    if (kv == kv_begin) ptx::mbarrier_arrive(smem.q_empty(q_stage()));
+    ptx::mbarrier_arrive_if(smem.k_empty(stage_of(tiles)), speaks());
+    ptx::mbarrier_arrive_if(smem.q_empty(q_stage()), speaks() && kv == kv_begin);
   }
   __device__ __forceinline__ void release_v() {
-    if (speaks()) ptx::mbarrier_arrive(smem.v_empty(stage_of(tiles - 1)));
+    ptx::mbarrier_arrive_if(smem.v_empty(stage_of(tiles - 1)), speaks());
+  }
+
+  // Consumers that start their products one after the other do not wait for each other's later. A
+  // turn is a step, of which all have the same number in a call without a mask.
+  __device__ __forceinline__ bool has_turns() const {
+    return kConfig.turns && !call.args.mask.is_banded();
+  }
+  __device__ __forceinline__ void take_turn() const {
+    if (has_turns()) ptx::barrier_sync(kTurnBarrier + group, 2 * 128);
+  }
+  __device__ __forceinline__ void give_turn() const {
+    if (has_turns()) ptx::barrier_arrive(kTurnBarrier + (group + 1) % kConfig.consumers, 2 * 128);
   }
 
   // What comes before (E6). `kPlain`: no mask cuts the tile, it is not the first of its query tile,
   // and the scale is positive.
   __device__ __forceinline__ void prepare_scores() {
     if (first) rows.reset_softmax();
-    if (call.sign != 1) rows.scale_scores(call.sign);
-    if (cut) rows.hide(call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
+    if (call.sign != 1) rows.scale_scores(scores, call.sign);
+    if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
   }
 
   // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter.
@@ -91,21 +104,23 @@ struct Consumer {
   // waits for that one's latency 64 times; and it lets most exponentials wait for O.
   template <bool kPlain>
   __device__ __forceinline__ void step() {
+    take_turn();
     start_scores();
     start_out<kPlain>();
-    const bool v_came = values_came();
+    give_turn();
     ptx::wgmma_wait<1>();
-    ptx::held(rows.scores);
+    ptx::held(scores);
     release_k();
     if constexpr (!kPlain) {
       first = false;
       cut = is_cut<kConfig>(tile(), kv);
       prepare_scores();
     }
-    const bool raised = rows.raise_maxima(call.scale_log2);
-    rows.subtract_maxima();
-    rows.template weigh<0>();
-    ptx::held(rows.scores);
+    const bool raised = rows.raise_maxima(scores, call.scale_log2);
+    const bool v_came = values_came();
+    auto w = rows.begin_weighing(scores);
+    rows.template weigh<0, Rows::kMiddle>(scores, w);
+    ptx::held(scores);
     wait_values(v_came);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
@@ -113,12 +128,9 @@ struct Consumer {
     release_v();
     ++tiles;
     k_came = keys_came();
-    rows.template weigh<1>();
-    rows.template absorb<0>();
-    ptx::held(rows.scores);
-    ptx::held(rows.p);
-    if (raised) rows.rescale(rows.alpha);  // a branch
-    rows.template absorb<1>();
+    if (raised) rows.rescale(rows.alpha);
+    rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
+    rows.end_weighing(scores, w);
   }
 
   // The first key behind those that the warpgroup's rows see.
@@ -151,15 +163,13 @@ struct Consumer {
     start_scores();
     const bool v_came = values_came();
     ptx::wgmma_wait<0>();
-    ptx::held(rows.scores);
+    ptx::held(scores);
     release_k();
     prepare_scores();
-    rows.raise_maxima(call.scale_log2);
-    rows.subtract_maxima();
-    rows.template weigh<0>();
-    rows.template weigh<1>();
-    rows.template absorb<0>();
-    rows.template absorb<1>();
+    rows.raise_maxima(scores, call.scale_log2);
+    auto w = rows.begin_weighing(scores);
+    rows.template weigh<0, Rows::kScores>(scores, w);
+    rows.end_weighing(scores, w);
     wait_values(v_came);
     ++tiles;
     k_came = keys_came();
@@ -205,6 +215,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
+    if (group == kConfig.consumers - 1) give_turn();
     for (;; ++opened) {
       wait(smem.q_full(q_stage()), opened / kConfig.q_stages % 2);
       if (tile().row_begin < 0) return;
@@ -236,14 +247,13 @@ struct Consumer {
     const bool whole = call.plan.splits == 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const SoftmaxRow<float>& row = rows.softmax[h];
-      rows.alpha[h] = whole ? row.inverse_sum() : 1;  // (E9)
+      rows.alpha[h] = whole ? rows.inverse_sum(h) : 1;
       const RowPlace at = place(tile, rows.row(h));
       if (!at.exists || rows.lane() % 4 != 0) continue;
       if (whole) {
-        static_cast<float*>(call.args.lse)[at.row] = row.lse();  // (E10)
+        static_cast<float*>(call.args.lse)[at.row] = rows.lse(h);
       } else {
-        call.partial.states[tile.split * call.partial.rows + at.row] = row;
+        call.partial.states[tile.split * call.partial.rows + at.row] = rows.softmax[h];
       }
     }
   }

@@ -9,6 +9,7 @@
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/product.cuh"
+#include "cuda/ptx/approximate.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::hopper {
@@ -35,16 +36,17 @@ struct WarpgroupTile : WarpgroupThread {
   static constexpr int kOuts = kConfig.value_dim / 2;
   static constexpr float kSlack = 8;  // see SoftmaxRow::raise_lazily
 
-  float scores[kScores];
+  // Those of one key tile: S, then exponents, then probabilities before rounding.
+  using Scores = float[kScores];
+
   float out[kOuts];
   uint32_t p[kScores / 2];
   SoftmaxRow<float> softmax[2];
   float alpha[2];
-  bool huge;     // some row's maximum is beyond kFusedUpTo
   float factor;  // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
   // Starts S = Q K^T.
-  __device__ __forceinline__ void start_scores(uint32_t q, uint32_t k) {
+  __device__ __forceinline__ void start_scores(Scores& scores, uint32_t q, uint32_t k) {
     start_rows_by_rows<Element, kConfig.head_dim, 64 * 128, kConfig.tile_n * 128>(scores, q, k);
   }
   // Starts O += P V, or O = P V.
@@ -53,15 +55,15 @@ struct WarpgroupTile : WarpgroupThread {
                                                                               accumulate);
   }
 
-  __device__ __forceinline__ void scale_scores(float factor) {
+  __device__ __forceinline__ void scale_scores(Scores& scores, float factor) {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) scores[i] = rounded_product(scores[i], factor);
   }
 
   // Hides what the mask hides: those scores become -inf, whatever they were.
   // `row_begin` is the warpgroup's first row.
-  __device__ __forceinline__ void hide(const Mask& mask, const TilePlan& plan, int32_t row_begin,
-                                       int32_t kv) {
+  __device__ __forceinline__ void hide(Scores& scores, const Mask& mask, const TilePlan& plan,
+                                       int32_t row_begin, int32_t kv) {
     const int32_t kv_lane = kv + lane() % 4 * 2;
     // The columns that the whole warp sees end where its first row's do, or its last one sees none.
     const int32_t first_q = plan.query_of(row_begin + 16 * warp());
@@ -98,80 +100,113 @@ struct WarpgroupTile : WarpgroupThread {
     for (int h = 0; h < 2; ++h) {
       softmax[h] = {};
     }
-    huge = false;
   }
 
   // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
   // to the new ones, by alpha: rarely after the first tiles.
-  __device__ __forceinline__ bool raise_maxima(float scale_log2) {
-    float tile_max[2];  // of the thread's own columns: lanes ask each other only where it matters
+  __device__ __forceinline__ bool raise_maxima(Scores& scores, float scale_log2) {
     bool beyond = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float even = scores[2 * h], odd = scores[2 * h + 1];  // two chains are faster than one
+      // Of the thread's own columns: lanes ask each other only where it matters. Read as integers,
+      // of which the device takes three at once, numbers keep their order if one of them is
+      // positive; if none is, none is beyond a maximum above -kSlack.
+      int32_t even = __float_as_int(scores[2 * h]), odd = even;  // two chains beat one
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+        const int32_t a = __float_as_int(scores[4 * n + 2 * h]);
+        const int32_t b = __float_as_int(scores[4 * n + 2 * h + 1]);
+        int32_t& chain = n % 2 == 0 || kConfig.value_dim > 192 ? even : odd;
+        chain = __vimax3_s32(chain, a, b);
+      }
+      const float m = softmax[h].m;
+      beyond |= __int_as_float(max(even, odd)) * scale_log2 - m > kSlack ||
+                __float_as_uint(m + kSlack) > __float_as_uint(kFusedUpTo<float>);
+    }
+    const bool raised = __any_sync(0xffffffffu, beyond);
+    factor = scale_log2;
+    if (raised) raise_to_tile(scores, scale_log2);
+    return raised;
+  }
+  __device__ __forceinline__ void raise_to_tile(Scores& scores, float scale_log2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float even = scores[2 * h], odd = scores[2 * h + 1];
 #pragma unroll
       for (int n = 1; n < kConfig.tile_n / 8; ++n) {
         even = max_of(even, scores[4 * n + 2 * h]);
         odd = max_of(odd, scores[4 * n + 2 * h + 1]);
       }
-      tile_max[h] = max_of(even, odd);
-      beyond |= tile_max[h] * scale_log2 - softmax[h].m > kSlack;
+      const float tile_max = max_of(even, odd);
+      alpha[h] = softmax[h].raise_lazily(quad_max(tile_max) * scale_log2, kSlack);
+      softmax[h].absorb(alpha[h], 0);
     }
-    const bool raised = __any_sync(0xffffffffu, beyond || huge);
-    factor = scale_log2;
-    if (raised) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        alpha[h] = softmax[h].raise_lazily(quad_max(tile_max[h]) * scale_log2, kSlack);
-        softmax[h].absorb(alpha[h], 0);
-      }
-      huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
-                                         fabsf(softmax[1].base()) > kFusedUpTo<float>);
-      if (huge) {
-        scale_scores(scale_log2);
-        factor = 1;
-      }
+    const bool huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
+                                                  fabsf(softmax[1].base()) > kFusedUpTo<float>);
+    if (huge) {
+      scale_scores(scores, scale_log2);
+      factor = 1;
     }
-    return raised;
   }
 
-  // Half of the tile's columns, first or second: its registers.
-  static constexpr int kMiddle = kScores / 16 * 8;
-  template <int kHalf>
-  static constexpr int kBegin = kHalf == 0 ? 0 : kMiddle;
-  template <int kHalf>
-  static constexpr int kEnd = kHalf == 0 ? kMiddle : kScores;
-
-  // (E7) The scores become exponents, and those of one half probabilities.
-  __device__ __forceinline__ void subtract_maxima() {
-    const float base[2] = {softmax[0].base(), softmax[1].base()};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) scores[i] = fmaf(scores[i], factor, -base[i / 2 % 2]);
+  // (E7), (E8) Exponents, probabilities, sums, rounding of a key tile. Instructions are written in
+  // the order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
+  // stands between two of them, for scores that come later or earlier, is free.
+  static constexpr int kMiddle = kScores / 16 * 8;  // from here on P may be written
+  static constexpr int kLead = 8, kLag = 8;
+  struct Weighing {
+    float base[2];
+    float sum[4];
+  };
+  __device__ __forceinline__ float exponent(float score, const Weighing& w, int i) const {
+    return fmaf(score, factor, -w.base[i / 2 % 2]);
   }
-  template <int kHalf>
-  __device__ __forceinline__ void weigh() {
+  __device__ __forceinline__ Weighing begin_weighing(Scores& scores) {
+    Weighing w = {{softmax[0].base(), softmax[1].base()}, {}};
 #pragma unroll
-    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) scores[i] = exp2_of(scores[i]);
+    for (int i = 0; i < kLead; ++i) scores[i] = exponent(scores[i], w, i);
+    return w;
   }
-  // (E8) for the sums, which stay spread over the quad, and P of one half, rounded: not while a
-  // product reads the last one.
-  template <int kHalf>
-  __device__ __forceinline__ void absorb() {
-    float sum[4] = {};
+  __device__ __forceinline__ void round(const Scores& scores, int pair) {
+    p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
+  }
+  // Pairs rounded before the i-th exponential.
+  ONLINE_ATTENTION_HD static constexpr int rounded_before(int i) {
+    const int steps = i - kMiddle, weighed = (i - kLag) / 2;
+    return i < kMiddle || i < kLag ? 0 : steps < weighed ? steps : weighed;
+  }
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void weigh(Scores& scores, Weighing& w) {
 #pragma unroll
-    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) sum[i % 4] += scores[i];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sum[2 * h] + sum[2 * h + 1]);
-#pragma unroll
-    for (int i = kBegin<kHalf> / 2; i < kEnd<kHalf> / 2; ++i) {
-      p[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
+    for (int i = kBegin; i < kEnd; ++i) {
+      scores[i] = exp2_of(scores[i]);
+      if (i + kLead < kScores) scores[i + kLead] = exponent(scores[i + kLead], w, i + kLead);
+      if (i >= kLag) w.sum[(i - kLag) % 4] += scores[i - kLag];
+      if (rounded_before(i + 1) > rounded_before(i)) round(scores, rounded_before(i));
     }
+  }
+  __device__ __forceinline__ void end_weighing(const Scores& scores, Weighing& w) {
+#pragma unroll
+    for (int i = kScores - kLag; i < kScores; ++i) w.sum[i % 4] += scores[i];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, w.sum[2 * h] + w.sum[2 * h + 1]);
+#pragma unroll
+    for (int i = rounded_before(kScores); i < kScores / 2; ++i) round(scores, i);
   }
 
   // The sums of whole rows, after the last tile.
   __device__ __forceinline__ void sum_quads() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) softmax[h].l = quad_sum(softmax[h].l);
+  }
+
+  // (E9), (E10). The sum of a row that saw a key lies between 1 and 2^kSlack S_kv, where the
+  // approximate instructions are good to 2^-22.
+  __device__ __forceinline__ float inverse_sum(int h) const {
+    return softmax[h].l == 0 ? 0 : ptx::reciprocal(softmax[h].l);
+  }
+  __device__ __forceinline__ float lse(int h) const {
+    return (softmax[h].m + ptx::log2(softmax[h].l)) * static_cast<float>(kLn2);
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
