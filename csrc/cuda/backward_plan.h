@@ -41,17 +41,13 @@ struct BackwardPlan {
             static_cast<int32_t>(head % heads_per_batch), static_cast<int32_t>(index / heads_here)};
   }
 
-  // The key tiles that add to the dQ of query tile `q_tile`.
-  ONLINE_ATTENTION_HD IndexRange adders_of(const Mask& mask, int32_t s_q, int32_t q_tile) const {
+  // Among the blocks that add to the dQ of query tile `q_tile`, how many come before `kv_tile`.
+  ONLINE_ATTENTION_HD int32_t turn_of(const Mask& mask, int32_t s_q, int32_t q_tile,
+                                      int32_t kv_tile) const {
     const int64_t end = (int64_t{q_tile} + 1) * tile_m;
     const KvRange keys =
         mask.kv_range(q_tile * tile_m, static_cast<int32_t>(end < s_q ? end : s_q));
-    return {keys.begin / tile_n, (keys.end + tile_n - 1) / tile_n};
-  }
-  // How many of them come before `kv_tile`.
-  ONLINE_ATTENTION_HD int32_t turn_of(const Mask& mask, int32_t s_q, int32_t q_tile,
-                                      int32_t kv_tile) const {
-    return kv_tile - adders_of(mask, s_q, q_tile).begin;
+    return kv_tile - keys.begin / tile_n;
   }
 };
 

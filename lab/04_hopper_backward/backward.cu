@@ -80,13 +80,14 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, voi
   w.plan = plan_blocks(a, config, 132);
   const size_t rows = w.plan.dq_tiles() * config.tile_m;
   const size_t sums = w.plan.dq_tiles() * config.dq_floats();
-  const size_t counters = 2 * w.plan.dq_tiles();
+  const size_t counters = counter_place(w.plan.dq_tiles(), 0);
   w.buffers.dq_sums = static_cast<float*>(memory);
   w.buffers.lse2 = w.buffers.dq_sums + sums;
   w.buffers.delta = w.buffers.lse2 + rows;
   auto* added = reinterpret_cast<int32_t*>(w.buffers.delta + rows);
   const bool ordered = adds_in_order(a, w.plan) && !any_order;
   if (ordered) w.buffers.added = added;
+  w.buffers.finished_by_last = ordered && is_finished_by_last(a, w.plan);
   if (a.mask.is_banded() || ordered) {
     w.buffers.taken = reinterpret_cast<uint32_t*>(added + counters);
   }
@@ -99,7 +100,8 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, voi
 #define RUN_ALL(a, w, variant, kernel)                                   \
   RUN(prepare_rows(a, (w).plan, (variant).config, (w).buffers, stream)); \
   RUN((kernel)(a, (w).plan, (w).buffers));                               \
-  if (!(w).buffers.added) RUN(finish_dq(a, (w).plan, (variant).config, (w).buffers, stream))
+  if (!(w).buffers.finished_by_last)                                     \
+  RUN(finish_dq(a, (w).plan, (variant).config, (w).buffers, stream))
 
 template <typename Element>
 __global__ void forward_reference(BackwardArgs a, float* lse) {

@@ -29,11 +29,6 @@ void bind_backward_plan(py::module_& module) {
       .def("blocks", &BackwardPlan::blocks)
       .def("dq_tiles", &BackwardPlan::dq_tiles)
       .def("locate", &BackwardPlan::locate)
-      .def("adders_of",
-           [](const BackwardPlan& plan, const oa::Mask& mask, int32_t s_q, int32_t q_tile) {
-             const oa::IndexRange adders = plan.adders_of(mask, s_q, q_tile);
-             return std::pair{adders.begin, adders.end};
-           })
       .def("turn_of", &BackwardPlan::turn_of, py::arg("mask"), py::arg("s_q"), py::arg("q_tile"),
            py::arg("kv_tile"));
 

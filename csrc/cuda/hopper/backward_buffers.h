@@ -9,6 +9,8 @@
 
 namespace online_attention::cuda::hopper {
 
+inline constexpr int kCounterStride = 8;
+
 struct BackwardBuffers {
   // For each query row of each head, heads padded to whole tiles: lse in base-2 units, +inf for
   // rows without a sum and for padding; delta (E28). Rows of a tile as term_place has them.
@@ -19,19 +21,42 @@ struct BackwardBuffers {
   // Where key tiles add in order: how many have, for each query tile and each group's part of its
   // dQ. 0 at the start. nullptr: they add in any order, and the sums are 0 at the start.
   int32_t* added = nullptr;
+  // Whether the last key tile to add writes dQ; else a kernel behind makes it of the sums.
+  bool finished_by_last = false;
   // How many key tiles have been taken, where they add in any order beyond the first of each block.
   // 0 at the start; nullptr: blocks take turns.
   uint32_t* taken = nullptr;
 };
 
-// Whether key tiles add to a dQ in ascending order. Then the first of them stores and the last one
-// writes dQ itself: neither zeros before nor a kernel behind. For that they wait for each other, so
+// Of a query tile and a group's part of it, in BackwardBuffers::added: each in a sector of memory
+// of its own.
+ONLINE_ATTENTION_HD constexpr int64_t counter_place(uint32_t tile, int group) {
+  return (int64_t{tile} * BackwardConfig::kGroups + group) * kCounterStride;
+}
+
+// The key tiles that add to the dQ of query tile `q_tile`.
+ONLINE_ATTENTION_HD IndexRange adders_of(const BackwardArgs& args, const BackwardPlan& plan,
+                                         int32_t q_tile) {
+  const int64_t end = (int64_t{q_tile} + 1) * plan.tile_m;
+  const KvRange keys = args.mask.kv_range(
+      q_tile * plan.tile_m, static_cast<int32_t>(end < args.shape.S_q ? end : args.shape.S_q));
+  return {keys.begin / plan.tile_n, ceil_div(keys.end, plan.tile_n)};
+}
+
+// Whether key tiles add to a dQ in ascending order. Then the first of them stores, so that nobody
+// clears the sums, and under a mask the last one writes dQ. For that they wait for each other, so
 // beside deterministic calls it is for those that have few key tiles.
 inline bool adds_in_order(const BackwardArgs& args, const BackwardPlan& plan) {
   constexpr uint32_t kFewTiles = 4, kFewOfGroups = 32;  // measured: docs/hopper_backward.md
   if (args.deterministic) return true;
   if (!args.mask.is_banded()) return plan.kv_tiles <= kFewTiles;
   return plan.kv_tiles <= (plan.group > 1 ? kFewOfGroups : kFewTiles * 128 / plan.tile_m);
+}
+
+// Finishing takes as long as adding. Under a mask each key tile does it for few query tiles;
+// without one the last key tile of a head would do it for all of them.
+inline bool is_finished_by_last(const BackwardArgs& args, const BackwardPlan& plan) {
+  return adds_in_order(args, plan) && args.mask.is_banded();
 }
 
 // Which heads are interleaved, so that their blocks run side by side.

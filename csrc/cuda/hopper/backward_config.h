@@ -27,7 +27,7 @@ struct QueryStep {
 struct DqTask {
   uint32_t index;  // among the query tiles of all heads
   int32_t place;   // among those that add; -1: whoever comes first
-  int32_t last;    // the last place; -1: there is no further step
+  int32_t last;    // the place that finishes dQ, if any has it; -1: there is no further step
   int32_t b, h, q_begin;
 };
 

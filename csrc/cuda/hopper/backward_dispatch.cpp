@@ -47,13 +47,16 @@ const Kernels& kernels_for(const BackwardArgs& args) {
 // bytes.
 struct Sizes {
   int64_t dq_sums, terms, added, taken;
+  bool finished_by_last;
 
   Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan) {
     const bool ordered = adds_in_order(args, plan);
     dq_sums = plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)};
     terms = aligned(plan.dq_tiles() * config.terms_bytes());
-    added =
-        ordered ? aligned(plan.dq_tiles() * BackwardConfig::kGroups * int64_t{sizeof(int32_t)}) : 0;
+    added = ordered ? aligned(counter_place(static_cast<uint32_t>(plan.dq_tiles()), 0) *
+                              int64_t{sizeof(int32_t)})
+                    : 0;
+    finished_by_last = is_finished_by_last(args, plan);
     taken = ordered || args.mask.is_banded() ? sizeof(uint32_t) : 0;
   }
   static int64_t aligned(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
@@ -67,6 +70,7 @@ struct Sizes {
             .delta = reinterpret_cast<float*>(delta),
             .dq_sums = reinterpret_cast<float*>(sums),
             .added = added > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr,
+            .finished_by_last = finished_by_last,
             .taken = taken > 0 ? reinterpret_cast<uint32_t*>(counters + added) : nullptr};
   }
 };
@@ -108,7 +112,7 @@ Status backward(const BackwardArgs& args, const Launch& launch) {
   Status status = prepare_rows(args, plan, config, buffers, launch.stream);
   if (status != kOk) return status;
   status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
-  if (status != kOk || args.dq.data == nullptr || buffers.added != nullptr) return status;
+  if (status != kOk || args.dq.data == nullptr || buffers.finished_by_last) return status;
   return finish_dq(args, plan, config, buffers, launch.stream);
 }
 

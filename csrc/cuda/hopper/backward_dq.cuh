@@ -11,11 +11,11 @@
 
 namespace online_attention::cuda::hopper {
 
-// Key tiles add in any order to sums that are 0 at the start, and a kernel behind makes dQ of them
-// (finish_dq). Or in ascending order: then of those that see a query tile the first one stores, the
-// last one reads the sums, adds in its registers, scales, rounds and writes dQ, and each waits for
-// the one before, which began earlier (BackwardLoader::first_index). So a block waits only for
-// blocks that run: nothing hangs, however few there is room for.
+// Key tiles add in any order to sums that are 0 at the start. Or in ascending order: then of those
+// that see a query tile the first one stores, and each waits for the one before, which began
+// earlier (BackwardLoader::first_index). So a block waits only for blocks that run: nothing hangs,
+// however few there is room for. dQ is made of the sums by a kernel behind (finish_dq), or by the
+// last to add, which reads them, adds in its registers, scales, rounds and writes.
 template <typename Element, BackwardConfig kConfig>
 struct DqWriter {
   static constexpr int kRoundedBytes = kConfig.dq_queries() * kDqColumns * 2;  // of a warp's dQ
@@ -33,7 +33,7 @@ struct DqWriter {
 
   // How many have added to a group's part of a query tile, and to where.
   __device__ __forceinline__ int32_t* added(const DqTask& task) const {
-    return call.buffers.added + uint64_t{task.index} * BackwardConfig::kGroups + group();
+    return call.buffers.added + counter_place(task.index, group());
   }
   __device__ __forceinline__ float* sums(const DqTask& task) const {
     return call.buffers.dq_sums + uint64_t{task.index} * kConfig.dq_floats() +

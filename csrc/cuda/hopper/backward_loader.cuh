@@ -121,10 +121,9 @@ struct BackwardLoader {
     wait(smem.task_empty(i), (i / BackwardConfig::kTasks % 2) ^ 1);
     task.last = -1;
     if (tile.steps >= 0) {
-      const IndexRange adders = call.plan.adders_of(
-          call.args.mask, static_cast<int32_t>(call.args.shape.S_q), step.q_tile);
+      const IndexRange adders = adders_of(call.args, call.plan, step.q_tile);
       task.index = tile_index(call, tile, step);
-      task.last = adders.size() - 1;
+      task.last = adders.size() - (call.buffers.finished_by_last ? 1 : 0);
       task.place = call.buffers.added != nullptr
                        ? tile.kv_begin / BackwardConfig::kTileN - adders.begin
                        : -1;

@@ -24,17 +24,17 @@ constexpr float kPaddingLse = 1e38f;
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardArgs args,
-                        const __grid_constant__ BackwardBuffers buffers, int64_t rows,
-                        int32_t head_rows, int32_t tile_m, int lanes) {
+                        const __grid_constant__ BackwardBuffers buffers, uint32_t rows,
+                        uint32_t head_rows, int32_t tile_m, int lanes) {
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is read last is used first
-  const int64_t row = int64_t{block} * (kThreads / lanes) + threadIdx.x / lanes;
+  const uint32_t row = block * (kThreads / lanes) + threadIdx.x / lanes;
   if (buffers.taken != nullptr && row == 0 && lane == 0) *buffers.taken = 0;
   if (row >= rows) return;  // whole rows, of half a warp at least
-  const int64_t head = row / head_rows;
+  const uint32_t head = row / head_rows, heads = static_cast<uint32_t>(shape.H);
   const auto s = static_cast<int32_t>(row % head_rows);
-  const int64_t b = head / shape.H, h = head % shape.H;
+  const int64_t b = head / heads, h = head % heads;
   float sum = 0;
   const bool exists = s < shape.S_q;
   if (exists && lane * kVector < shape.D_v) {
@@ -49,10 +49,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (buffers.added != nullptr) {
     if (s % tile_m == 0 && lane < BackwardConfig::kGroups) {
-      buffers.added[row / tile_m * BackwardConfig::kGroups + lane] = 0;
+      buffers.added[counter_place(row / static_cast<uint32_t>(tile_m), lane)] = 0;
     }
   } else {
-    float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * lanes * kVector);
+    float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + int64_t{row} * lanes * kVector);
     zeros[lane] = float4{};
     zeros[lane + lanes] = float4{};
   }
@@ -67,13 +67,13 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t among = lanes == 32 ? ~0u : ((1u << lanes) - 1) << (threadIdx.x % 32u - lane);
   for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(among, sum, other);
   if (lane != 0) return;
-  const int64_t place = row - s + BackwardConfig::term_place(s);
+  const int64_t place = int64_t{row} - s + BackwardConfig::term_place(s);
   if (!exists) {
     buffers.delta[place] = 0;
     buffers.lse2[place] = kPaddingLse;
     return;
   }
-  const int64_t index = head * shape.S_q + s;
+  const int64_t index = int64_t{head} * shape.S_q + s;
   const float dlse = args.dlse == nullptr ? 0 : static_cast<const float*>(args.dlse)[index];
   const float lse = static_cast<const float*>(args.lse)[index];
   buffers.delta[place] = sum - dlse;  // (E28)
@@ -121,8 +121,9 @@ template <typename Element>
 Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                   const BackwardBuffers& buffers, void* stream) {
   const int lanes = config.boxes() * BackwardConfig::kColumns / kVector;
-  const auto head_rows = static_cast<int32_t>(plan.q_tiles * config.tile_m);
-  const int64_t rows = args.shape.B * args.shape.H * head_rows;
+  const auto head_rows = static_cast<uint32_t>(plan.q_tiles * config.tile_m);
+  // Fewer than 2^32: the sums of so many rows are larger than any memory.
+  const auto rows = static_cast<uint32_t>(args.shape.B * args.shape.H * head_rows);
   return launch(prepare_rows_kernel<Element>, ceil_div<int64_t>(rows, kThreads / lanes), kThreads,
                 0, stream, args, buffers, rows, head_rows, config.tile_m, lanes);
 }
