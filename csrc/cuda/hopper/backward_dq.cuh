@@ -47,8 +47,8 @@ struct DqWriter {
       const DqTask& task = smem.task(phases);  // read where it is needed: there are few registers
       if (task.last < 0) break;
       if (speaks() && task.place > 0) {
-        while (ptx::load_acquire(added(task)) != task.place) {
-        }
+        // A pause: asking all the time slows those down who are to add.
+        while (ptx::load_acquire(added(task)) != task.place) __nanosleep(64);
       }
       __syncwarp();
       if (task.place == task.last) prepare_sums(task);
