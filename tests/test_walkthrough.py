@@ -65,6 +65,17 @@ def test_a_difference_cannot_hide(walkthrough: ModuleType):
     assert nan != nan
 
 
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, missing: str):
+    for name in list(sys.modules):
+        if name.split(".")[0] == missing:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    sentence = rf"{missing}.* is not installed; install it with: pip install '\.\[bench\]'"
+    with pytest.raises(SystemExit, match=sentence):
+        load_script(EXAMPLES / "walkthrough.py")
+
+
 def test_sizes_below_one_are_refused(walkthrough: ModuleType, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         walkthrough.main(["--tile-q", "0"])

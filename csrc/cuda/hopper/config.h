@@ -97,6 +97,9 @@ template <>
 inline constexpr ForwardConfig kForward<96, 96, 128> = {
     .head_dim = 96, .value_dim = 96, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};
 template <>
+inline constexpr ForwardConfig kForward<96, 96, 192> = {
+    .head_dim = 96, .value_dim = 96, .tile_n = 96, .consumers = 3, .stages = 3, .q_stages = 1};
+template <>
 inline constexpr ForwardConfig kForward<128, 128, 128> = {
     .head_dim = 128, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};
 template <>

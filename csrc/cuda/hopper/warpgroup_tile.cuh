@@ -49,10 +49,9 @@ struct WarpgroupTile : WarpgroupThread {
   __device__ __forceinline__ void start_scores(Scores& scores, uint32_t q, uint32_t k) {
     start_rows_by_rows<Element, kConfig.head_dim, 64 * 128, kConfig.tile_n * 128>(scores, q, k);
   }
-  // Starts O += P V, or O = P V.
-  __device__ __forceinline__ void start_out(uint32_t v, bool accumulate) {
-    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v,
-                                                                              accumulate);
+  // Starts O += P V.
+  __device__ __forceinline__ void start_out(uint32_t v) {
+    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v, true);
   }
 
   __device__ __forceinline__ void scale_scores(Scores& scores, float factor) {
@@ -60,46 +59,37 @@ struct WarpgroupTile : WarpgroupThread {
     for (int i = 0; i < kScores; ++i) scores[i] = rounded_product(scores[i], factor);
   }
 
+  // Which of a thread's columns of a row, 8n + j as bit 2n + j, lie below `end`.
+  __device__ __forceinline__ static uint32_t columns_below(int32_t end) {
+    const int32_t inside = min(max(end, 0), kConfig.tile_n);
+    const int32_t count = inside / 8 * 2 + min(inside % 8, 2);
+    return count == 32 ? 0xffffffffu : (1u << count) - 1;
+  }
   // Hides what the mask hides: those scores become -inf, whatever they were.
   // `row_begin` is the warpgroup's first row.
   __device__ __forceinline__ void hide(Scores& scores, const Mask& mask, const TilePlan& plan,
                                        int32_t row_begin, int32_t kv) {
-    const int32_t kv_lane = kv + lane() % 4 * 2;
-    // The columns that the whole warp sees end where its first row's do, or its last one sees none.
-    const int32_t first_q = plan.query_of(row_begin + 16 * warp());
-    const int32_t last_q = plan.query_of(row_begin + 16 * warp() + 15);
-    const int32_t seen_by_all =
-        min(mask.kv_range(first_q, first_q + 1).end, mask.kv_range(last_q, last_q + 1).end) - kv;
-    int32_t begin[2], end[2];
+    static_assert(kConfig.tile_n <= 128, "a word has a bit for each of the thread's columns");
+    const int32_t kv_lane = kv + column();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int32_t q_idx = plan.query_of(row_begin + row(h));
-      const KvRange seen = mask.kv_range(q_idx, q_idx + 1);
-      begin[h] = seen.begin - kv_lane;
-      end[h] = seen.end - kv_lane;
-    }
-    constexpr int kStep = 16;  // columns
+      const KvRange range = mask.kv_range(q_idx, q_idx + 1);
+      const uint32_t seen =
+          columns_below(range.end - kv_lane) & ~columns_below(range.begin - kv_lane);
 #pragma unroll
-    for (int column = 0; column < kConfig.tile_n; column += kStep) {
-      if (seen_by_all >= column + kStep) continue;
-#pragma unroll
-      for (int i = column / 2; i < (column + kStep) / 2; ++i) {
-        if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) scores[i] = -kInfinity<float>;
+      for (int i = 2 * h; i < kScores; i += i % 2 == 0 ? 1 : 3) {
+        if ((seen >> (i / 4 * 2 + i % 2) & 1) == 0) scores[i] = -kInfinity<float>;
       }
-    }
-    if (!__any_sync(0xffffffffu, max(begin[0], begin[1]) > -8)) return;  // begin > 0 for some lane
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      if (i / 4 * 8 + i % 2 < begin[i / 2 % 2]) scores[i] = -kInfinity<float>;
     }
   }
 
   // No key has been seen.
-  __device__ __forceinline__ void reset_softmax() {
+  __device__ __forceinline__ void reset() {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      softmax[h] = {};
-    }
+    for (float& x : out) x = 0;
+#pragma unroll
+    for (SoftmaxRow<float>& row : softmax) row = {};
   }
 
   // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
@@ -111,12 +101,12 @@ struct WarpgroupTile : WarpgroupThread {
       // Of the thread's own columns: lanes ask each other only where it matters. Read as integers,
       // of which the device takes three at once, numbers keep their order if one of them is
       // positive; if none is, none is beyond a maximum above -kSlack.
-      int32_t even = __float_as_int(scores[2 * h]), odd = even;  // two chains beat one
+      int32_t even = __float_as_int(scores[2 * h]), odd = even;
 #pragma unroll
       for (int n = 0; n < kConfig.tile_n / 8; ++n) {
         const int32_t a = __float_as_int(scores[4 * n + 2 * h]);
         const int32_t b = __float_as_int(scores[4 * n + 2 * h + 1]);
-        int32_t& chain = n % 2 == 0 || kConfig.value_dim > 192 ? even : odd;
+        int32_t& chain = n % 2 == 0 || kConfig.value_dim > 192 ? even : odd;  // if registers do
         chain = __vimax3_s32(chain, a, b);
       }
       const float m = softmax[h].m;
@@ -128,7 +118,9 @@ struct WarpgroupTile : WarpgroupThread {
     if (raised) raise_to_tile(scores, scale_log2);
     return raised;
   }
+  // The same by floating-point maxima of whole rows, whatever they are.
   __device__ __forceinline__ void raise_to_tile(Scores& scores, float scale_log2) {
+    factor = scale_log2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float even = scores[2 * h], odd = scores[2 * h + 1];
