@@ -96,7 +96,7 @@ Status backward(const BackwardArgs& args, const Launch& launch) {
   const BackwardConfig& config = kernels.config;
   const BackwardPlan plan = plan_blocks(args, config, launch.device.multiprocessors);
   const BackwardBuffers buffers = Sizes(args, config, plan).in(launch.workspace);
-  Status status = prepare_rows(args, plan, config, buffers, launch.stream);
+  Status status = prepare_rows(args, plan, config.dq_floats() / config.tile_m, buffers, launch.stream);
   if (status != kOk) return status;
   status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
   if (status != kOk || args.dq.data == nullptr) return status;
