@@ -22,9 +22,9 @@ struct BackwardBuffers {
 // Under a mask, whose key tiles differ in length, the heads that fill the device once are
 // interleaved: the fewer they are, the more of what their blocks share is in the L2 cache. Of few
 // tiles all are, or long ones would begin when there is nothing left to do beside them.
-template <typename Config>
-BackwardPlan plan_blocks(const BackwardArgs& args, const Config& config, int multiprocessors) {
-  BackwardPlan plan = plan_backward(args, config.tile_m, Config::kTileN, multiprocessors);
+inline BackwardPlan plan_blocks(const BackwardArgs& args, const BackwardConfig& config,
+                                int multiprocessors) {
+  BackwardPlan plan = plan_backward(args, config.tile_m, BackwardConfig::kTileN, multiprocessors);
   if (args.mask.is_banded()) {
     constexpr int64_t kFewRounds = 8;
     const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * multiprocessors;

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(BackwardConfig::kThreads, 1)
 }
 
 inline Status describe_call(const BackwardArgs& args, const BackwardPlan& plan,
-                            const BackwardBuffers& buffers, BackwardCall& call) {
+                            const BackwardConfig& config, const BackwardBuffers& buffers,
+                            BackwardCall& call) {
   const Shape& s = args.shape;
   call.args = args;
   call.plan = plan;
@@ -32,10 +33,10 @@ inline Status describe_call(const BackwardArgs& args, const BackwardPlan& plan,
     TensorSizes sizes;
     int box_rows;
     TensorBox& box;
-  } tensors[] = {{args.q, {s.B, s.H, s.S_q, s.D}, plan.tile_m, call.q},
-                 {args.dout, {s.B, s.H, s.S_q, s.D_v}, plan.tile_m, call.dout},
-                 {args.k, {s.B, s.H_kv, s.S_kv, s.D}, plan.tile_n, call.k},
-                 {args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, plan.tile_n, call.v},
+  } tensors[] = {{args.q, {s.B, s.H, s.S_q, s.D}, config.tile_m, call.q},
+                 {args.dout, {s.B, s.H, s.S_q, s.D_v}, config.tile_m, call.dout},
+                 {args.k, {s.B, s.H_kv, s.S_kv, s.D}, BackwardConfig::kTileN, call.k},
+                 {args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, BackwardConfig::kTileN, call.v},
                  {args.dk, {s.B, s.H_kv, s.S_kv, s.D}, kGradientBoxRows, call.dk},
                  {args.dv, {s.B, s.H_kv, s.S_kv, s.D_v}, kGradientBoxRows, call.dv}};
   for (const auto& tensor : tensors) {
@@ -52,7 +53,7 @@ Status launch_backward(const BackwardArgs& args, const BackwardPlan& plan,
                        const BackwardBuffers& buffers, const Launch& on) {
   constexpr BackwardConfig kConfig = kBackward<kHeadDim, kMasked>;
   BackwardCall call;
-  const Status status = describe_call(args, plan, buffers, call);
+  const Status status = describe_call(args, plan, kConfig, buffers, call);
   if (status != kOk) return status;
   if (plan.blocks() > TilePlan::kMaxTiles)
     return "the call has more than 2^31 key tiles: split its batch";

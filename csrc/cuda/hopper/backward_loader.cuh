@@ -23,12 +23,12 @@ __device__ __forceinline__ QRange seen_by_all_of(const Mask& mask, int32_t kv_be
 }
 
 // Writes it field by field: few registers are at hand.
-template <int kTileM, int kTileN>
+template <BackwardConfig kConfig>
 __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& call,
                                              uint32_t index) {
   const BackwardCoord at = call.plan.locate(index);
-  const int32_t kv_begin = at.kv_tile * kTileN;
-  const int32_t kv_end = kv_begin + kTileN;
+  const int32_t kv_begin = at.kv_tile * BackwardConfig::kTileN;
+  const int32_t kv_end = kv_begin + BackwardConfig::kTileN;
   const Mask& mask = call.args.mask;
   tile.b = at.b;
   tile.h_kv = at.h_kv;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
   const QRange queries = mask.q_range(kv_begin, kv_end, static_cast<int32_t>(call.args.shape.S_q));
   tile.steps = 0;
   if (queries.size() == 0) return;
-  const int32_t begin = queries.begin / kTileM, end = ceil_div(queries.end, kTileM);
+  const int32_t begin = queries.begin / kConfig.tile_m, end = ceil_div(queries.end, kConfig.tile_m);
   tile.q_tile_begin = begin;
   tile.q_tile_end = end;
   tile.steps = (end - begin) * call.plan.group;
@@ -115,7 +115,7 @@ struct BackwardLoader {
       KeyTile& tile = smem.tile(count);
       const bool exists = index < tiles;
       if (exists) {
-        set_key_tile<kConfig.tile_m, BackwardConfig::kTileN>(tile, call, index);
+        set_key_tile<kConfig>(tile, call, index);
         index = next_index(index);  // early: the answer takes a while
       } else {
         tile.steps = -1;

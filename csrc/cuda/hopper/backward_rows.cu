@@ -3,7 +3,6 @@
 
 #include "core/softmax_row.h"
 #include "cuda/fragment.cuh"
-#include "cuda/hopper/wide_backward_config.h"
 #include "cuda/launch.cuh"
 
 namespace online_attention::cuda::hopper {
@@ -20,13 +19,13 @@ struct alignas(16) Pack {
 // Padding rows: P is 0 there, and they must not look like rows that hold Inf or NaN.
 constexpr float kPaddingLse = 1e38f;
 
-// 8 threads share a row of 64 columns, 16 one of 128, 32 one that is wider. What a row reads and
-// zeroes does not depend on the others, so that a row's terms are the same in any batch.
+// 8 threads share a row of 64 columns, 16 one of 128. What a row reads and zeroes does not depend
+// on the others, so that a row's terms are the same in any batch.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardArgs args,
                         const __grid_constant__ BackwardBuffers buffers, int64_t rows,
-                        int32_t head_rows, int lanes, int row_sums) {
+                        int32_t head_rows, int lanes) {
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is written last is used first
@@ -48,9 +47,9 @@ __global__ void __launch_bounds__(kThreads)
       sum += static_cast<float>(x.e[e]) * static_cast<float>(y.e[e]);
     }
   }
-  float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * row_sums);
+  float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * lanes * kVector);
   zeros[lane] = float4{};
-  if (lane + lanes < row_sums / 4) zeros[lane + lanes] = float4{};
+  zeros[lane + lanes] = float4{};
   const uint32_t among = lanes == 32 ? ~0u : ((1u << lanes) - 1) << (threadIdx.x % 32u - lane);
   for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(among, sum, other);
   if (lane != 0) return;
@@ -69,10 +68,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A block for each query tile of each head, which scales, rounds and writes its dQ.
-template <typename Element, typename Config>
+template <typename Element>
 __global__ void __launch_bounds__(kThreads)
-    finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums, Config config,
-                     int32_t q_tiles) {
+    finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
+                     BackwardConfig config, int32_t q_tiles) {
   extern __shared__ __align__(16) unsigned char smem[];
   const uint32_t block =
       gridDim.x - 1 - blockIdx.x;  // what was added to last is still in the cache
@@ -83,10 +82,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kThreads) {
     const float4 x = fours[i];
     const float four[4] = {x.x, x.y, x.z, x.w};
+    const DqPlace at = dq_place(config, 4 * i);
+    Element* target = tile + at.query * pitch + at.column;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const DqPlace at = dq_place(config, 4 * i + e);
-      tile[at.query * pitch + at.column] = static_cast<Element>(four[e] * factor);
+      target[e % 2 * pitch + e / 2 * 8] = static_cast<Element>(four[e] * factor);
     }
   }
   __syncthreads();
@@ -104,43 +104,37 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Element>
-Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, int row_sums,
+Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                   const BackwardBuffers& buffers, void* stream) {
-  const int lanes = row_sums > 128 ? 32 : row_sums / kVector;
-  const auto head_rows = static_cast<int32_t>(plan.q_tiles * plan.tile_m);
+  const int lanes = config.boxes() * BackwardConfig::kColumns / kVector;
+  const auto head_rows = static_cast<int32_t>(plan.q_tiles * config.tile_m);
   const int64_t rows = args.shape.B * args.shape.H * head_rows;
   return launch(prepare_rows_kernel<Element>, ceil_div<int64_t>(rows, kThreads / lanes), kThreads,
-                0, stream, args, buffers, rows, head_rows, lanes, row_sums);
+                0, stream, args, buffers, rows, head_rows, lanes);
 }
 
-template <typename Element, typename Config>
-Status finish_as(const BackwardArgs& args, const BackwardPlan& plan, const Config& config,
+template <typename Element>
+Status finish_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                  const BackwardBuffers& buffers, void* stream) {
   const int bytes =
       config.tile_m * (config.boxes() * BackwardConfig::kColumns + kVector) * sizeof(Element);
-  return launch(finish_dq_kernel<Element, Config>, plan.dq_tiles(), kThreads, bytes, stream, args,
+  return launch(finish_dq_kernel<Element>, plan.dq_tiles(), kThreads, bytes, stream, args,
                 static_cast<const float*>(buffers.dq_sums), config,
                 static_cast<int32_t>(plan.q_tiles));
 }
 
 }  // namespace
 
-Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan, int row_sums,
-                    const BackwardBuffers& buffers, void* stream) {
+Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan,
+                    const BackwardConfig& config, const BackwardBuffers& buffers, void* stream) {
   const auto prepare = args.dtype == DType::f16 ? prepare_as<__half> : prepare_as<__nv_bfloat16>;
-  return prepare(args, plan, row_sums, buffers, stream);
+  return prepare(args, plan, config, buffers, stream);
 }
 
-template <typename Config>
-Status finish_dq(const BackwardArgs& args, const BackwardPlan& plan, const Config& config,
+Status finish_dq(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                  const BackwardBuffers& buffers, void* stream) {
-  const auto finish =
-      args.dtype == DType::f16 ? finish_as<__half, Config> : finish_as<__nv_bfloat16, Config>;
+  const auto finish = args.dtype == DType::f16 ? finish_as<__half> : finish_as<__nv_bfloat16>;
   return finish(args, plan, config, buffers, stream);
 }
-template Status finish_dq(const BackwardArgs&, const BackwardPlan&, const BackwardConfig&,
-                          const BackwardBuffers&, void*);
-template Status finish_dq(const BackwardArgs&, const BackwardPlan&, const WideBackwardConfig&,
-                          const BackwardBuffers&, void*);
 
 }  // namespace online_attention::cuda::hopper

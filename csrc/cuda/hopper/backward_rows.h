@@ -7,12 +7,11 @@
 
 namespace online_attention::cuda::hopper {
 
-// lse2 and delta of every query row, zeros in the sums of dQ, of which a row has `row_sums`.
-Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan, int row_sums,
-                    const BackwardBuffers& buffers, void* stream);
-// dQ from its sums. For BackwardConfig and WideBackwardConfig.
-template <typename Config>
-Status finish_dq(const BackwardArgs& args, const BackwardPlan& plan, const Config& config,
+// lse2 and delta of every query row, zeros in the sums of dQ.
+Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan,
+                    const BackwardConfig& config, const BackwardBuffers& buffers, void* stream);
+// dQ from its sums.
+Status finish_dq(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                  const BackwardBuffers& buffers, void* stream);
 
 }  // namespace online_attention::cuda::hopper

@@ -10,13 +10,12 @@
 namespace online_attention::cuda::hopper {
 
 template <typename Element, WideBackwardConfig kConfig>
-__device__ __forceinline__ void wide_backward_block(const BackwardCall& call,
+__device__ __forceinline__ void wide_backward_block(const WideBackwardCall& call,
                                                     unsigned char* smem_base) {
   const WideBackwardMap<kConfig> smem{ptx::shared_address(smem_base), smem_base};
   if (threadIdx.x == 0) {
     smem.init_barriers();
-    set_key_tile<WideBackwardConfig::tile_m, WideBackwardConfig::kTileN>(smem.tile(), call,
-                                                                         blockIdx.x);
+    set_key_tile(smem.tile(), call);
     ptx::prefetch_tensor_map(call.q.map);
     ptx::prefetch_tensor_map(call.k.map);
     ptx::prefetch_tensor_map(call.v.map);

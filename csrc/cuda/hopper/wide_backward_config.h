@@ -6,25 +6,17 @@
 
 namespace online_attention::cuda::hopper {
 
-#ifdef LOOSE
-inline constexpr bool kLoose = true;
-#else
-inline constexpr bool kLoose = false;
-#endif
 struct WideBackwardConfig {
   int head_dim = 0, value_dim = 0;  // D and D_v are padded up to these inside the kernel
   int stages = 0;                   // query tiles in shared memory, of Q and dO alike
   bool masked = false;              // whether the call may have a mask besides the lengths
-  // dQ leaves through shared memory and bulk reductions; else by reductions from registers.
-  bool bulk = true;
-  int pair_stages = 1;  // tiles of P, and of dS, in shared memory
+  int pair_stages = 2;              // tiles of P, and of dS, in shared memory
   // Registers of a thread after the warpgroups have settled: of those that hold dV, hold dK and
   // compute dQ.
   int dv_registers = 208, dk_registers = 208, dq_registers = 72;
   int dq_chunks = 1;  // boxes of dQ that are in registers at a time
   // Whether dV, dK of a step run on into the next one: 16 registers more.
   bool dv_runs_on = false, dk_runs_on = true;
-  bool drop_dq = false;
 
   static constexpr int kTileN = 64;
   static constexpr int tile_m = 64;
@@ -42,15 +34,14 @@ struct WideBackwardConfig {
   ONLINE_ATTENTION_HD static constexpr int terms_bytes() { return kTermsBytes; }
   // P as fp16, a thread's pairs in pieces of 16 bytes; dS, a box of 64 queries.
   static constexpr int kPairBytes = 64 * tile_m * 2;
-  // What a warp adds to dQ for a box of 64 columns, and the half that goes in one piece.
-  static constexpr int kDqWarpBytes = 16 * kColumns * 4;
-  static constexpr int kDqPieceBytes = kDqWarpBytes / 2;
+  // What a warp adds to dQ for a box of 64 columns.
+  static constexpr int kDqWarpFloats = 16 * kColumns;
 
   // Bytes of a tile: keys or queries; values or dO.
   ONLINE_ATTENTION_HD constexpr int q_bytes() const { return boxes() * kBoxBytes; }
   ONLINE_ATTENTION_HD constexpr int dout_bytes() const { return value_boxes() * kBoxBytes; }
 
-  // Offsets: K, V, Q, dO, P, dS, dQ, the terms of the query rows (lse, delta), marks of the keys,
+  // Offsets: K, V, Q, dO, P, dS, the terms of the query rows (lse, delta), marks of the keys,
   // barriers of 8 bytes each, the KeyTile.
   ONLINE_ATTENTION_HD constexpr int v_offset() const { return q_bytes(); }
   ONLINE_ATTENTION_HD constexpr int q_offset() const { return v_offset() + dout_bytes(); }
@@ -61,11 +52,8 @@ struct WideBackwardConfig {
   ONLINE_ATTENTION_HD constexpr int ds_offset() const {
     return p_offset() + pair_stages * kPairBytes;
   }
-  ONLINE_ATTENTION_HD constexpr int dq_offset() const {
-    return ds_offset() + pair_stages * kPairBytes;
-  }
   ONLINE_ATTENTION_HD constexpr int terms_offset() const {
-    return dq_offset() + (bulk ? 4 * kDqWarpBytes : 0);
+    return ds_offset() + pair_stages * kPairBytes;
   }
   ONLINE_ATTENTION_HD constexpr int marks_offset() const {
     return terms_offset() + 2 * stages * kTermsBytes;
@@ -82,7 +70,7 @@ struct WideBackwardConfig {
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = dv_registers + dk_registers + dq_registers + kProducerRegisters;
     return smem_bytes() <= BackwardConfig::kSmemBytes && head_dim % 64 == 0 &&
-           value_dim % 64 == 0 && (kLoose || registers * 128 <= 65536);
+           value_dim % 64 == 0 && registers * 128 <= 65536;
   }
   // For what depends on the tile of queries and keys alone.
   ONLINE_ATTENTION_HD constexpr BackwardConfig tile(int columns) const {
@@ -97,5 +85,63 @@ ONLINE_ATTENTION_HD constexpr DqPlace dq_place(const WideBackwardConfig& config,
   const int box = rest % config.boxes(), warp = rest / config.boxes();
   return {16 * warp + lane / 4 + e / 2 * 8, 64 * box + 8 * n + lane % 4 * 2 + e % 2};
 }
+
+// Rows of kWideBackward, by D and D_v, for calls without and with a mask: what was measured against
+// them stands in docs/hopper_backward.md.
+template <int kHeadDim, int kValueDim, bool kMasked>
+inline constexpr WideBackwardConfig kWideBackward = {};
+template <>
+inline constexpr WideBackwardConfig kWideBackward<192, 128, false> = {.head_dim = 192,
+                                                                      .value_dim = 128,
+                                                                      .stages = 3,
+                                                                      .dv_registers = 144,
+                                                                      .dk_registers = 176,
+                                                                      .dq_registers = 112,
+                                                                      .dq_chunks = 2,
+                                                                      .dv_runs_on = true};
+template <>
+inline constexpr WideBackwardConfig kWideBackward<192, 128, true> = {.head_dim = 192,
+                                                                     .value_dim = 128,
+                                                                     .stages = 3,
+                                                                     .masked = true,
+                                                                     .dv_registers = 144,
+                                                                     .dk_registers = 176,
+                                                                     .dq_registers = 112,
+                                                                     .dq_chunks = 2};
+template <>
+inline constexpr WideBackwardConfig kWideBackward<192, 192, false> = {.head_dim = 192,
+                                                                      .value_dim = 192,
+                                                                      .stages = 3,
+                                                                      .dv_registers = 176,
+                                                                      .dk_registers = 176,
+                                                                      .dq_registers = 112,
+                                                                      .dq_chunks = 2,
+                                                                      .dv_runs_on = true};
+template <>
+inline constexpr WideBackwardConfig kWideBackward<192, 192, true> = {.head_dim = 192,
+                                                                     .value_dim = 192,
+                                                                     .stages = 3,
+                                                                     .masked = true,
+                                                                     .dv_registers = 176,
+                                                                     .dk_registers = 176,
+                                                                     .dq_registers = 112,
+                                                                     .dq_chunks = 2};
+template <>
+inline constexpr WideBackwardConfig kWideBackward<256, 256, false> = {.head_dim = 256,
+                                                                      .value_dim = 256,
+                                                                      .stages = 2,
+                                                                      .dv_registers = 192,
+                                                                      .dk_registers = 208,
+                                                                      .dq_registers = 88};
+template <>
+inline constexpr WideBackwardConfig kWideBackward<256, 256, true> = {.head_dim = 256,
+                                                                     .value_dim = 256,
+                                                                     .stages = 2,
+                                                                     .masked = true,
+                                                                     .pair_stages = 1,
+                                                                     .dv_registers = 192,
+                                                                     .dk_registers = 208,
+                                                                     .dq_registers = 88};
+inline constexpr int64_t kWideBackwardHeadDimMax = 256;
 
 }  // namespace online_attention::cuda::hopper

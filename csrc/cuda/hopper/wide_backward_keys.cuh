@@ -14,7 +14,7 @@ struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
 
   WideGradient<kConfig.head_dim> dk;
 
-  __device__ __forceinline__ WideBackwardKeys(const BackwardCall& call,
+  __device__ __forceinline__ WideBackwardKeys(const WideBackwardCall& call,
                                               const typename Role::Map& smem)
       : Role(call, smem, 1) {}
 

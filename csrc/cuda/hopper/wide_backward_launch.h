@@ -4,14 +4,13 @@
 #pragma once
 
 #include "core/launch.h"
-#include "cuda/hopper/backward_buffers.h"
-#include "cuda/hopper/wide_backward_config.h"
+#include "cuda/hopper/wide_backward_buffers.h"
 
 namespace online_attention::cuda::hopper {
 
 // dK, dV and the sums of dQ, from the terms of the rows.
 template <typename Element, int kHeadDim, int kValueDim, bool kMasked>
 Status launch_wide_backward(const BackwardArgs& args, const BackwardPlan& plan,
-                            const BackwardBuffers& buffers, const Launch& launch);
+                            const WideBackwardBuffers& buffers, const Launch& launch);
 
 }  // namespace online_attention::cuda::hopper

@@ -1,16 +1,75 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The two threads of the backward for wide heads that start every copy into shared memory.
+// The two threads of the backward for wide heads that start every copy into shared memory, and the
+// walk over a block's steps.
 #pragma once
 
-#include "cuda/hopper/backward_loader.cuh"
+#include "cuda/hopper/wide_backward_call.h"
 #include "cuda/hopper/wide_backward_map.cuh"
+#include "cuda/ptx/bulk.cuh"
+#include "cuda/ptx/tma.cuh"
 
 namespace online_attention::cuda::hopper {
+
+// The queries that see all keys of [kv_begin, kv_end).
+__device__ __forceinline__ QRange queries_of_all(const Mask& mask, int32_t kv_begin,
+                                                 int32_t kv_end) {
+  if (kv_end > mask.s_kv) return {0, 0};
+  constexpr int64_t kNone = Mask::kUnbounded;
+  const int64_t begin =
+      mask.diagonal_max == Mask::kUnbounded ? 0 : int64_t{kv_end} - 1 - mask.diagonal_max;
+  const int64_t end =
+      mask.diagonal_min == -Mask::kUnbounded ? kNone : kv_begin + int64_t{1} - mask.diagonal_min;
+  return {static_cast<int32_t>(min(max(begin, int64_t{0}), kNone)),
+          static_cast<int32_t>(max(min(end, kNone), int64_t{0}))};
+}
+
+// Of this block.
+__device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCall& call) {
+  constexpr int32_t kTileM = WideBackwardConfig::tile_m, kTileN = WideBackwardConfig::kTileN;
+  const BackwardCoord at = call.plan.locate(blockIdx.x);
+  const int32_t kv_begin = at.kv_tile * kTileN, kv_end = kv_begin + kTileN;
+  const Mask& mask = call.args.mask;
+  tile.b = at.b;
+  tile.h_kv = at.h_kv;
+  tile.kv_begin = kv_begin;
+  const QRange plain = queries_of_all(mask, kv_begin, kv_end);
+  tile.plain_begin = plain.begin;
+  tile.plain_end = plain.end;
+  const QRange queries = mask.q_range(kv_begin, kv_end, static_cast<int32_t>(call.args.shape.S_q));
+  tile.steps = 0;
+  if (queries.size() == 0) return;
+  const int32_t begin = queries.begin / kTileM, end = ceil_div(queries.end, kTileM);
+  tile.q_tile_begin = begin;
+  tile.q_tile_end = end;
+  tile.steps = (end - begin) * call.plan.group;
+  // Blocks of a head that run side by side keep apart, or all would add to the same dQ.
+  const auto apart = static_cast<uint32_t>(at.kv_tile) * uint64_t{static_cast<uint32_t>(end)};
+  tile.q_tile_first = mask.is_banded() ? begin : static_cast<int32_t>(apart / call.plan.kv_tiles);
+}
+
+// A step of a block: a query tile of one head. Heads of the group in turn, tiles in ascending order
+// from the first one on, then those before it.
+struct WideBackwardStep {
+  int32_t h, q_tile;
+
+  __device__ __forceinline__ WideBackwardStep(const WideBackwardCall& call, const KeyTile& tile)
+      : h(tile.h_kv * call.plan.group), q_tile(tile.q_tile_first) {}
+  __device__ __forceinline__ void advance(const KeyTile& tile) {
+    if (++q_tile == tile.q_tile_end) q_tile = tile.q_tile_begin;
+    if (q_tile == tile.q_tile_first) ++h;
+  }
+  // Among the query tiles of all heads.
+  __device__ __forceinline__ int64_t tile_index(const WideBackwardCall& call,
+                                                const KeyTile& tile) const {
+    const uint32_t head = tile.b * static_cast<uint32_t>(call.args.shape.H) + h;
+    return head * call.plan.q_tiles + q_tile;
+  }
+};
 
 template <WideBackwardConfig kConfig>
 struct WideBackwardLoader {
   using Map = WideBackwardMap<kConfig>;
-  const BackwardCall& call;
+  const WideBackwardCall& call;
   const Map& smem;
 
   template <int kBoxes>
@@ -22,8 +81,9 @@ struct WideBackwardLoader {
                     c * WideBackwardConfig::kColumns, row, h * box.step_h, b * box.step_b);
     }
   }
-  __device__ __forceinline__ const float* terms_of(const float* terms, const QueryStep& step) const {
-    return terms + int64_t{tile_index(call, smem.tile(), step)} * WideBackwardConfig::tile_m;
+  __device__ __forceinline__ const float* terms_of(const float* terms,
+                                                   const WideBackwardStep& step) const {
+    return terms + step.tile_index(call, smem.tile()) * WideBackwardConfig::tile_m;
   }
 
   // One thread: K, then Q and lse of every step.
@@ -33,7 +93,7 @@ struct WideBackwardLoader {
     ptx::mbarrier_arrive_expect(smem.k_full(), kConfig.q_bytes());
     load<kConfig.boxes()>(call.k, smem.k(), smem.k_full(), tile.kv_begin, tile.h_kv, tile.b);
     typename Map::QueryPlace at;
-    QueryStep step = first_step(tile, call.plan.group);
+    WideBackwardStep step(call, tile);
 #pragma unroll 1
     for (int32_t n = tile.steps; n > 0; --n) {
       const uint32_t full = smem.q_full(at.stage);
@@ -54,7 +114,7 @@ struct WideBackwardLoader {
     ptx::mbarrier_arrive_expect(smem.v_full(), kConfig.dout_bytes());
     load<kConfig.value_boxes()>(call.v, smem.v(), smem.v_full(), tile.kv_begin, tile.h_kv, tile.b);
     typename Map::QueryPlace at;
-    QueryStep step = first_step(tile, call.plan.group);
+    WideBackwardStep step(call, tile);
 #pragma unroll 1
     for (int32_t n = tile.steps; n > 0; --n) {
       const uint32_t full = smem.dout_full(at.stage);

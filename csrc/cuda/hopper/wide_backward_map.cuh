@@ -32,10 +32,6 @@ struct WideBackwardMap {
   __device__ __forceinline__ uint32_t ds(int stage) const {
     return base + kConfig.ds_offset() + stage * WideBackwardConfig::kPairBytes;
   }
-  // What a warp is about to add to dQ.
-  __device__ __forceinline__ uint32_t dq(int warp) const {
-    return base + kConfig.dq_offset() + warp * WideBackwardConfig::kDqWarpBytes;
-  }
   __device__ __forceinline__ uint32_t lse2(int stage) const {
     return base + kConfig.terms_offset() + stage * WideBackwardConfig::kTermsBytes;
   }

@@ -17,7 +17,7 @@ struct WideBackwardQueries : WarpgroupThread {
   static constexpr int kChunks = kConfig.dq_chunks;
   using Dq = float[32];  // a box of 64 columns
 
-  const BackwardCall& call;
+  const WideBackwardCall& call;
   const Map& smem;
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
@@ -37,43 +37,19 @@ struct WideBackwardQueries : WarpgroupThread {
   }
 
   // Adds the warp's rows of a box of dQ to their sums.
-  __device__ __forceinline__ void add(const Dq& dq, float* target) const {
+  __device__ __forceinline__ static void add(const Dq& dq, float* target) {
     const int at = lane();
-    if constexpr (kConfig.drop_dq) {
-    } else if constexpr (kConfig.bulk) {
 #pragma unroll
-      for (int piece = 0; piece < 2; ++piece) {
-        constexpr int kBytes = WideBackwardConfig::kDqPieceBytes;
-        const uint32_t source = smem.dq(warp()) + piece * kBytes;
-        if (speaks()) ptx::tma_store_wait_read<1>();  // the same piece of the box before
-        __syncwarp();
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          uint32_t words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(dq[16 * piece + 4 * n + i]);
-          ptx::store_shared(source + n * 512 + at * 16, words);
-        }
-        ptx::fence_async_proxy();
-        __syncwarp();
-        if (speaks()) {
-          ptx::bulk_reduce_add(target + piece * (kBytes / 4), source, kBytes);
-          ptx::tma_store_commit();
-        }
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float four[4] = {dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]};
-        ptx::reduce_add(target + n * 128 + at * 4, four);
-      }
+    for (int n = 0; n < 8; ++n) {
+      const float four[4] = {dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]};
+      ptx::reduce_add(target + n * 128 + at * 4, four);
     }
   }
 
   __device__ __forceinline__ void run() const {
     const KeyTile& tile = smem.tile();
     if (tile.steps == 0) return;
-    QueryStep step = first_step(tile, call.plan.group);
+    WideBackwardStep step(call, tile);
     typename Map::PairPlace pair;
     wait(smem.k_full(), 0);
 #pragma unroll 1
@@ -83,9 +59,8 @@ struct WideBackwardQueries : WarpgroupThread {
       load_ds(a, smem.ds(pair.stage));
       __syncwarp();
       if (speaks()) ptx::mbarrier_arrive(smem.ds_empty(pair.stage));
-      float* target = call.buffers.dq_sums +
-                      int64_t{tile_index(call, tile, step)} * kConfig.dq_floats() +
-                      warp() * (kConfig.boxes() * (WideBackwardConfig::kDqWarpBytes / 4));
+      float* target = call.buffers.dq_sums + step.tile_index(call, tile) * kConfig.dq_floats() +
+                      warp() * (kConfig.boxes() * WideBackwardConfig::kDqWarpFloats);
       if constexpr (kChunks == 1) {
 #pragma unroll
         for (int c = 0; c < kConfig.boxes(); ++c) {
@@ -94,7 +69,7 @@ struct WideBackwardQueries : WarpgroupThread {
           ptx::wgmma_wait<0>();
           ptx::held(dq);
           ptx::held(a);
-          add(dq, target + c * (WideBackwardConfig::kDqWarpBytes / 4));
+          add(dq, target + c * WideBackwardConfig::kDqWarpFloats);
         }
       } else {
         Dq dq[2];
@@ -110,13 +85,12 @@ struct WideBackwardQueries : WarpgroupThread {
             ptx::held(a);
           }
           ptx::held(dq[c % 2]);
-          add(dq[c % 2], target + c * (WideBackwardConfig::kDqWarpBytes / 4));
+          add(dq[c % 2], target + c * WideBackwardConfig::kDqWarpFloats);
         }
       }
       pair.advance();
       step.advance(tile);
     }
-    if (kConfig.bulk && speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive them
   }
 };
 

@@ -46,16 +46,17 @@ struct WideBackwardRole : WarpgroupThread {
   static constexpr int kBox = WideBackwardConfig::kBoxBytes;
   static constexpr int kThreads = 256;  // of the two warpgroups
 
-  const BackwardCall& call;
+  const WideBackwardCall& call;
   const Map& smem;
-  int role;             // 0: the one that holds dV; 1: dK
-  QueryStep step;
+  int role;  // 0: the one that holds dV; 1: dK
+  WideBackwardStep step;
   bool marked = false;  // whether some key of the block held Inf or NaN
   typename Map::QueryPlace at;
   typename Map::PairPlace pair;
 
-  __device__ __forceinline__ WideBackwardRole(const BackwardCall& call, const Map& smem, int role)
-      : call(call), smem(smem), role(role), step(first_step(smem.tile(), call.plan.group)) {}
+  __device__ __forceinline__ WideBackwardRole(const WideBackwardCall& call, const Map& smem,
+                                              int role)
+      : call(call), smem(smem), role(role), step(call, smem.tile()) {}
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
   // What the whole warp has done before is done for whoever waits.
@@ -82,7 +83,8 @@ struct WideBackwardRole : WarpgroupThread {
                   step.q_tile * kTileM, smem.tile().kv_begin);
   }
 
-  // As BackwardConsumer's, whose comments say why: keys that hold Inf or NaN are cleared and marked.
+  // As BackwardConsumer's, whose comments say why: keys that hold Inf or NaN are cleared and
+  // marked.
   __device__ __forceinline__ void mark_nonfinite_keys() {
     const int i = thread();
     if (i < WideBackwardConfig::kTileN) ptx::store_shared(smem.mark(i), 0u);

@@ -15,7 +15,7 @@ struct WideBackwardValues : WideBackwardRole<Element, kConfig> {
 
   Gradient dv;
 
-  __device__ __forceinline__ WideBackwardValues(const BackwardCall& call,
+  __device__ __forceinline__ WideBackwardValues(const WideBackwardCall& call,
                                                 const typename Role::Map& smem)
       : Role(call, smem, 0) {}
 
