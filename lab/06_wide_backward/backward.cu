@@ -11,9 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/hopper/backward_launch.cuh"
-#include "cuda/hopper/wide_backward.cuh"
-#include "cuda/hopper/backward_rows.h"
+#include "cuda/hopper/wide_backward_launch.cuh"
+#include "cuda/hopper/wide_backward_rows.h"
 
 using namespace online_attention;
 using namespace online_attention::cuda;
@@ -36,7 +35,7 @@ using namespace online_attention::cuda::hopper;
     }                                       \
   } while (0)
 
-using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const BackwardBuffers&);
+using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const WideBackwardBuffers&);
 struct Variant {
   const char* name;
   WideBackwardConfig config;
@@ -44,13 +43,14 @@ struct Variant {
   Main bf16, f16;
 };
 
-// D, D_v, stages, masked, bulk, pair_stages, registers of dV, dK, dQ, dq_chunks.
-ONLINE_ATTENTION_HD constexpr WideBackwardConfig make(int d, int dv, int stages, int masked, int bulk, int pair_stages,
-                                  int dv_registers, int dk_registers, int dq_registers, int chunks, int dv_on, int dk_on) {
+// D, D_v, stages, masked, pair_stages, registers of dV, dK, dQ, dV and dK run on.
+ONLINE_ATTENTION_HD constexpr WideBackwardConfig make(int d, int dv, int stages, int masked,
+                                                      int pair_stages, int dv_registers,
+                                                      int dk_registers, int dq_registers,
+                                                      int dv_on, int dk_on) {
   return {.head_dim = d, .value_dim = dv, .stages = stages, .masked = masked != 0,
-          .bulk = bulk == 1, .pair_stages = pair_stages, .dv_registers = dv_registers, .dk_registers = dk_registers,
-          .dq_registers = dq_registers, .dq_chunks = chunks,
-          .dv_runs_on = dv_on != 0, .dk_runs_on = dk_on != 0, .drop_dq = bulk == 2};
+          .pair_stages = pair_stages, .dv_registers = dv_registers, .dk_registers = dk_registers,
+          .dq_registers = dq_registers, .dv_runs_on = dv_on != 0, .dk_runs_on = dk_on != 0};
 }
 __device__ uint64_t measured[4];  // clocks and nanoseconds of a block, begin and end
 __device__ uint64_t global_ns() {
@@ -60,8 +60,8 @@ __device__ uint64_t global_ns() {
 }
 
 template <typename Element, int D, int DV, int... N>
-__global__ void __launch_bounds__(WideBackwardConfig::kThreads, 1)
-    lab_kernel(const __grid_constant__ BackwardCall call) {
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WideBackwardConfig::kThreads, 1)
+    lab_kernel(const __grid_constant__ WideBackwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
   constexpr WideBackwardConfig config = make(D, DV, N...);
   if (blockIdx.x == 0 && threadIdx.x == 127) measured[0] = clock64(), measured[1] = global_ns();
@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(WideBackwardConfig::kThreads, 1)
 }
 
 template <typename Element, int D, int DV, int... N>
-Status run(const BackwardArgs& args, const BackwardPlan& plan, const BackwardBuffers& buffers) {
+Status run(const BackwardArgs& args, const BackwardPlan& plan, const WideBackwardBuffers& buffers) {
   constexpr WideBackwardConfig config = make(D, DV, N...);
-  BackwardCall call;
+  WideBackwardCall call;
   const Status status = describe_call(args, plan, buffers, call);
   if (status != kOk) return status;
-  return launch(lab_kernel<Element, D, DV, N...>, plan.blocks(), WideBackwardConfig::kThreads,
+  return launch(lab_kernel<Element, D, DV, N...>, 2 * plan.blocks(), WideBackwardConfig::kThreads,
                 config.smem_bytes(), nullptr, call);
 }
 
@@ -93,17 +93,21 @@ const Variant kVariants[] = {
 
 struct Workspace {
   BackwardPlan plan;
-  BackwardBuffers buffers;
+  WideBackwardBuffers buffers;
 };
 Workspace workspace_for(const BackwardArgs& a, const WideBackwardConfig& config, void* memory,
                         size_t bytes) {
   Workspace w;
-  w.plan = plan_blocks(a, config, 132);
-  if (const char* rounds = std::getenv("LAB_ROUNDS"); rounds != nullptr && a.mask.is_banded()) {
-    const int n = std::atoi(rounds);
-    w.plan.section_heads =
-        n == 0 ? plan_backward(a, config.tile_m, WideBackwardConfig::kTileN, 132).section_heads
-               : std::min<uint32_t>(w.plan.heads, ceil_div<uint32_t>(132 * n, w.plan.kv_tiles));
+  w.plan = plan_backward(a, config.tile_m, 128, 132);
+  if (a.mask.is_banded()) {
+    const bool few = int64_t{w.plan.heads} * w.plan.kv_tiles <= 8 * 132;
+    const auto filling = ceil_div<uint32_t>(66, w.plan.kv_tiles);
+    w.plan.section_heads = few || filling >= w.plan.heads ? w.plan.heads : filling;
+    if (const char* rounds = std::getenv("LAB_ROUNDS"); rounds != nullptr) {
+      const int n = std::atoi(rounds);
+      w.plan.section_heads =
+          std::min<uint32_t>(w.plan.heads, ceil_div<uint32_t>(66 * n, w.plan.kv_tiles));
+    }
   }
   const size_t rows = w.plan.dq_tiles() * config.tile_m;
   const size_t sums = w.plan.dq_tiles() * config.dq_floats();
@@ -380,9 +384,9 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   for (int repeat = 0; repeat < 3; ++repeat) {
     for (const Tensor<Element>* t : {&dq, &dk, &dv})
       CHECK(cudaMemset(t->view.data, 0xff, t->size() * 2));
-    RUN(prepare_rows(a, w.plan, variant.config.boxes() * 64, w.buffers, nullptr));
+    RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, nullptr));
     RUN(kernel(a, w.plan, w.buffers));
-    RUN(finish_dq(a, w.plan, variant.config, w.buffers, nullptr));
+    RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, nullptr));
     CHECK(cudaDeviceSynchronize());
     if (repeat == 0) {
       first_dk = dk.get(), first_dv = dv.get();
@@ -455,11 +459,11 @@ void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, 
   for (int i = 0; i < repeats + 2; ++i) {
     CHECK(cudaMemsetAsync(flush, i, flush_bytes));
     CHECK(cudaEventRecord(events[0]));
-    RUN(prepare_rows(a, w.plan, variant.config.boxes() * 64, w.buffers, nullptr));
+    RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, nullptr));
     CHECK(cudaEventRecord(events[1]));
     RUN(variant.bf16(a, w.plan, w.buffers));
     CHECK(cudaEventRecord(events[2]));
-    RUN(finish_dq(a, w.plan, variant.config, w.buffers, nullptr));
+    RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, nullptr));
     CHECK(cudaEventRecord(events[3]));
     CHECK(cudaEventSynchronize(events[3]));
     for (int part = 0; part < 4 && i >= 2; ++part) {

@@ -5,6 +5,7 @@
 #include "cuda/hopper/wide_backward_keys.cuh"
 #include "cuda/hopper/wide_backward_queries.cuh"
 #include "cuda/hopper/wide_backward_values.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 
 namespace online_attention::cuda::hopper {
@@ -21,7 +22,7 @@ __device__ __forceinline__ void wide_backward_block(const WideBackwardCall& call
     ptx::prefetch_tensor_map(call.v.map);
     ptx::prefetch_tensor_map(call.dout.map);
   }
-  __syncthreads();
+  ptx::cluster_sync();  // of the block too
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128u), 0);
   if (group == 0) {
     ptx::give_registers<WideBackwardConfig::kProducerRegisters>();
@@ -37,6 +38,7 @@ __device__ __forceinline__ void wide_backward_block(const WideBackwardCall& call
     ptx::give_registers<kConfig.dq_registers>();
     WideBackwardQueries<Element, kConfig>{{}, call, smem}.run();
   }
+  ptx::cluster_sync();  // a block that is gone can neither be written to nor signalled
 }
 
 }  // namespace online_attention::cuda::hopper

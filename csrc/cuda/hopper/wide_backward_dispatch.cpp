@@ -54,11 +54,13 @@ const Kernels& kernels_for(const BackwardArgs& args) {
 // tiles all are, or long ones would begin when there is nothing left to do beside them.
 BackwardPlan plan_blocks(const BackwardArgs& args, int multiprocessors) {
   BackwardPlan plan =
-      plan_backward(args, WideBackwardConfig::tile_m, WideBackwardConfig::kTileN, multiprocessors);
+      plan_backward(args, WideBackwardConfig::tile_m,
+                    WideBackwardConfig::kBlocks * WideBackwardConfig::kTileN, multiprocessors);
   if (args.mask.is_banded()) {
     constexpr int64_t kFewRounds = 8;
     const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * multiprocessors;
-    const auto filling = ceil_div(static_cast<uint32_t>(multiprocessors), plan.kv_tiles);
+    const auto filling = ceil_div(
+        static_cast<uint32_t>(multiprocessors / WideBackwardConfig::kBlocks), plan.kv_tiles);
     plan.section_heads = few || filling >= plan.heads ? plan.heads : filling;
   }
   return plan;

@@ -6,6 +6,8 @@
 
 namespace online_attention::cuda::hopper {
 
+inline constexpr int kKeysBarrier = 2;  // a named barrier, of this warpgroup
+
 template <typename Element, WideBackwardConfig kConfig>
 struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
   using Role = WideBackwardRole<Element, kConfig>;
@@ -22,7 +24,7 @@ struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
   __device__ __forceinline__ void weigh(Pairs& ds) const {
     const int warp = Role::warp();
     wait(smem.p_full(pair.stage, warp), pair.phase);
-    const uint32_t place = smem.p(pair.stage) + ptx::thread_index() % 128u * 16;
+    const uint32_t place = smem.pairs(pair.stage) + ptx::thread_index() % 128u * 16;
 #pragma unroll
     for (int n = 0; n < Role::kTileM / 8; n += 2) {
       float terms[4];
@@ -39,7 +41,6 @@ struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
         odd = p.y * fmaf(odd, 1 / kWeightUnit, terms[w / 2 * 2 + 1]);
       }
     }
-    release(smem.p_empty(pair.stage, warp));
   }
 
   __device__ __forceinline__ void run_steps(int32_t steps) {
@@ -65,8 +66,9 @@ struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
       if (cut) Role::hide(ds);  // what is hidden may have a dP that is Inf or NaN
       release(smem.dout_empty(at.stage));
       KeyRows::round(ds_rounded, ds);
-      wait(smem.ds_empty(pair.stage), pair.phase ^ 1);
-      KeyRows::store_ds(ds_rounded, smem.ds(pair.stage));
+      ptx::barrier_sync(kKeysBarrier, 128);  // all have read P, whose place dS takes
+      KeyRows::store_ds(ds_rounded, smem.pairs(pair.stage));
+      ptx::fence_async_proxy();
       release(smem.ds_full(pair.stage));
       wait(smem.q_full(at.stage), at.phase);
       Role::start_gradient(dk, ds_rounded, smem.q(at.stage));

@@ -11,8 +11,9 @@ namespace online_attention::cuda::hopper {
 
 // A kernel's own template arguments must be types and integers, hence not a WideBackwardConfig.
 template <typename Element, int kHeadDim, int kValueDim, bool kMasked>
-__global__ void __launch_bounds__(WideBackwardConfig::kThreads, 1)
-    hopper_wide_backward_kernel(const __grid_constant__ WideBackwardCall call) {
+__global__ void __cluster_dims__(WideBackwardConfig::kBlocks, 1, 1)
+    __launch_bounds__(WideBackwardConfig::kThreads, 1)
+        hopper_wide_backward_kernel(const __grid_constant__ WideBackwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
   constexpr WideBackwardConfig kConfig = kWideBackward<kHeadDim, kValueDim, kMasked>;
   wide_backward_block<Element, kConfig>(call, smem);
@@ -32,8 +33,8 @@ inline Status describe_call(const BackwardArgs& args, const BackwardPlan& plan,
     TensorBox& box;
   } tensors[] = {{args.q, {s.B, s.H, s.S_q, s.D}, plan.tile_m, call.q},
                  {args.dout, {s.B, s.H, s.S_q, s.D_v}, plan.tile_m, call.dout},
-                 {args.k, {s.B, s.H_kv, s.S_kv, s.D}, plan.tile_n, call.k},
-                 {args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, plan.tile_n, call.v},
+                 {args.k, {s.B, s.H_kv, s.S_kv, s.D}, WideBackwardConfig::kTileN, call.k},
+                 {args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, WideBackwardConfig::kTileN, call.v},
                  {args.dk, {s.B, s.H_kv, s.S_kv, s.D}, kGradientBoxRows, call.dk},
                  {args.dv, {s.B, s.H_kv, s.S_kv, s.D_v}, kGradientBoxRows, call.dv}};
   for (const auto& tensor : tensors) {
@@ -54,8 +55,9 @@ Status launch_wide_backward(const BackwardArgs& args, const BackwardPlan& plan,
   if (status != kOk) return status;
   if (plan.blocks() > TilePlan::kMaxTiles)
     return "the call has more than 2^31 key tiles: split its batch";
-  return launch(hopper_wide_backward_kernel<Element, kHeadDim, kValueDim, kMasked>, plan.blocks(),
-                WideBackwardConfig::kThreads, kConfig.smem_bytes(), on.stream, call);
+  return launch(hopper_wide_backward_kernel<Element, kHeadDim, kValueDim, kMasked>,
+                plan.blocks() * WideBackwardConfig::kBlocks, WideBackwardConfig::kThreads,
+                kConfig.smem_bytes(), on.stream, call);
 }
 
 }  // namespace online_attention::cuda::hopper

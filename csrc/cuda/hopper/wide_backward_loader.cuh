@@ -23,11 +23,18 @@ __device__ __forceinline__ QRange queries_of_all(const Mask& mask, int32_t kv_be
           static_cast<int32_t>(max(min(end, kNone), int64_t{0}))};
 }
 
-// Of this block.
+// Which of its cluster's blocks this is.
+__device__ __forceinline__ int cluster_rank() {
+  return static_cast<int>(ptx::block_index() % WideBackwardConfig::kBlocks);
+}
+
+// Of this block. Both of a cluster step through the queries that see some of their keys.
 __device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCall& call) {
   constexpr int32_t kTileM = WideBackwardConfig::tile_m, kTileN = WideBackwardConfig::kTileN;
-  const BackwardCoord at = call.plan.locate(blockIdx.x);
-  const int32_t kv_begin = at.kv_tile * kTileN, kv_end = kv_begin + kTileN;
+  constexpr int32_t kClusterKeys = WideBackwardConfig::kBlocks * kTileN;
+  const BackwardCoord at = call.plan.locate(blockIdx.x / WideBackwardConfig::kBlocks);
+  const int32_t cluster_begin = at.kv_tile * kClusterKeys;
+  const int32_t kv_begin = cluster_begin + cluster_rank() * kTileN, kv_end = kv_begin + kTileN;
   const Mask& mask = call.args.mask;
   tile.b = at.b;
   tile.h_kv = at.h_kv;
@@ -35,7 +42,8 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCa
   const QRange plain = queries_of_all(mask, kv_begin, kv_end);
   tile.plain_begin = plain.begin;
   tile.plain_end = plain.end;
-  const QRange queries = mask.q_range(kv_begin, kv_end, static_cast<int32_t>(call.args.shape.S_q));
+  const QRange queries = mask.q_range(cluster_begin, cluster_begin + kClusterKeys,
+                                      static_cast<int32_t>(call.args.shape.S_q));
   tile.steps = 0;
   if (queries.size() == 0) return;
   const int32_t begin = queries.begin / kTileM, end = ceil_div(queries.end, kTileM);
@@ -74,11 +82,13 @@ struct WideBackwardLoader {
 
   template <int kBoxes>
   __device__ __forceinline__ static void load(const TensorBox& box, uint32_t target, uint32_t full,
-                                              int32_t row, int32_t h, int32_t b) {
+                                              int32_t row, int32_t h, int32_t b,
+                                              int first_box = 0) {
 #pragma unroll
     for (int c = 0; c < kBoxes; ++c) {
       ptx::tma_load(target + c * WideBackwardConfig::kBoxBytes, box.map, full,
-                    c * WideBackwardConfig::kColumns, row, h * box.step_h, b * box.step_b);
+                    (first_box + c) * WideBackwardConfig::kColumns, row, h * box.step_h,
+                    b * box.step_b);
     }
   }
   __device__ __forceinline__ const float* terms_of(const float* terms,
@@ -90,8 +100,13 @@ struct WideBackwardLoader {
   __device__ __forceinline__ void run_queries() const {
     const KeyTile& tile = smem.tile();
     if (tile.steps == 0) return;
-    ptx::mbarrier_arrive_expect(smem.k_full(), kConfig.q_bytes());
+    constexpr int kOtherBoxes = WideBackwardConfig::kDqBoxes;
+    ptx::mbarrier_arrive_expect(smem.k_full(),
+                                kConfig.q_bytes() + kOtherBoxes * WideBackwardConfig::kBoxBytes);
     load<kConfig.boxes()>(call.k, smem.k(), smem.k_full(), tile.kv_begin, tile.h_kv, tile.b);
+    load<kOtherBoxes>(call.k, smem.other_k(), smem.k_full(),
+                      tile.kv_begin ^ WideBackwardConfig::kTileN, tile.h_kv, tile.b,
+                      cluster_rank() * (kConfig.boxes() - kOtherBoxes));
     typename Map::QueryPlace at;
     WideBackwardStep step(call, tile);
 #pragma unroll 1

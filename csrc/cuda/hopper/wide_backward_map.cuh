@@ -25,12 +25,16 @@ struct WideBackwardMap {
   __device__ __forceinline__ uint32_t dout(int stage) const {
     return base + kConfig.dout_offset() + stage * kConfig.dout_bytes();
   }
-  __device__ __forceinline__ uint32_t p(int stage) const {
-    return base + kConfig.p_offset() + stage * WideBackwardConfig::kPairBytes;
+  // Two boxes of the other block's keys.
+  __device__ __forceinline__ uint32_t other_k() const { return base + kConfig.other_k_offset(); }
+  // P of a query tile, a thread's pairs in pieces of 16 bytes; then dS in its place, a row for each
+  // query, whose columns are the keys.
+  __device__ __forceinline__ uint32_t pairs(int stage) const {
+    return base + kConfig.pairs_offset() + stage * WideBackwardConfig::kPairBytes;
   }
-  // dS of a query tile: a row for each query, whose columns are the keys.
-  __device__ __forceinline__ uint32_t ds(int stage) const {
-    return base + kConfig.ds_offset() + stage * WideBackwardConfig::kPairBytes;
+  // dS of the other block.
+  __device__ __forceinline__ uint32_t other_ds(int stage) const {
+    return base + kConfig.other_ds_offset() + stage * WideBackwardConfig::kPairBytes;
   }
   __device__ __forceinline__ uint32_t lse2(int stage) const {
     return base + kConfig.terms_offset() + stage * WideBackwardConfig::kTermsBytes;
@@ -61,15 +65,13 @@ struct WideBackwardMap {
   __device__ __forceinline__ uint32_t of_pairs(int kind, int stage) const {
     return barrier(2 + 4 * kStages + kind * kPairStages + stage);
   }
-  __device__ __forceinline__ uint32_t ds_full(int stage) const { return of_pairs(0, stage); }
-  __device__ __forceinline__ uint32_t ds_empty(int stage) const { return of_pairs(1, stage); }
   // One for each warp: it reads what the warp of the same number writes.
   __device__ __forceinline__ uint32_t p_full(int stage, int warp) const {
-    return of_pairs(2 + warp, stage);
+    return of_pairs(warp, stage);
   }
-  __device__ __forceinline__ uint32_t p_empty(int stage, int warp) const {
-    return of_pairs(6 + warp, stage);
-  }
+  __device__ __forceinline__ uint32_t ds_full(int stage) const { return of_pairs(4, stage); }
+  __device__ __forceinline__ uint32_t other_ds_full(int stage) const { return of_pairs(5, stage); }
+  __device__ __forceinline__ uint32_t pairs_empty(int stage) const { return of_pairs(6, stage); }
 
   // By one thread, before anybody else touches a barrier.
   __device__ __forceinline__ void init_barriers() const {
@@ -82,12 +84,10 @@ struct WideBackwardMap {
       ptx::mbarrier_init(dout_empty(stage), 8);
     }
     for (int stage = 0; stage < kPairStages; ++stage) {
+      for (int warp = 0; warp < 4; ++warp) ptx::mbarrier_init(p_full(stage, warp), 1);
       ptx::mbarrier_init(ds_full(stage), 4);
-      ptx::mbarrier_init(ds_empty(stage), 4);
-      for (int warp = 0; warp < 4; ++warp) {
-        ptx::mbarrier_init(p_full(stage, warp), 1);
-        ptx::mbarrier_init(p_empty(stage, warp), 1);
-      }
+      ptx::mbarrier_init(other_ds_full(stage), 1);
+      ptx::mbarrier_init(pairs_empty(stage), 8);
     }
     ptx::fence_mbarrier_init();
   }

@@ -4,8 +4,9 @@
 
 #include "cuda/hopper/product.cuh"
 #include "cuda/hopper/wide_backward_loader.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/global.cuh"
-#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/wgmma_ss_columns.cuh"
 
 namespace online_attention::cuda::hopper {
 
@@ -13,36 +14,58 @@ template <typename Element, WideBackwardConfig kConfig>
 struct WideBackwardQueries : WarpgroupThread {
   using Map = WideBackwardMap<kConfig>;
   static constexpr int kBox = WideBackwardConfig::kBoxBytes;
-  static constexpr int kSteps = WideBackwardConfig::kTileN / 16;
-  static constexpr int kChunks = kConfig.dq_chunks;
-  using Dq = float[32];  // a box of 64 columns
+  static constexpr int kMiddle = kConfig.boxes() % 2;  // boxes that the blocks share
 
   const WideBackwardCall& call;
   const Map& smem;
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
 
-  // The warp's 16 rows of dS as an A operand.
-  __device__ __forceinline__ static void load_ds(uint32_t (&a)[4 * kSteps], uint32_t ds) {
-    const int at = lane(), in_matrix = at % 8, matrix = at / 8;
-    const uint32_t row =
-        ds + (16 * warp() + matrix % 2 * 8 + in_matrix) * WideBackwardConfig::kRowBytes;
+  // Starts dQ (+)= dS K for kSize / 32 boxes of 64 columns.
+  template <int kSize>
+  __device__ __forceinline__ static void start(float (&dq)[kSize], uint32_t ds, uint32_t k,
+                                               bool accumulate) {
+    const uint64_t a = smem_descriptor(ds, 0), b = smem_descriptor(k, kBox);
+    ptx::held(dq);
+    ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t words[4];
-      ptx::ldmatrix_x4(words, row + ((2 * k + matrix / 2) ^ in_matrix) * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[4 * k + i] = words[i];
+    for (int step = 0; step < WideBackwardConfig::kTileN / 16; ++step) {
+      ptx::wgmma_ss_columns<Element>(dq, a + 2 * step, b + step * (16 * 128 / 16),
+                                     step != 0 || accumulate);
     }
+    ptx::wgmma_commit();
   }
 
-  // Adds the warp's rows of a box of dQ to their sums.
-  __device__ __forceinline__ static void add(const Dq& dq, float* target) {
-    const int at = lane();
+  // Sends dS of this block to the other one, and says that as much is to come from there.
+  __device__ __forceinline__ void exchange(int stage) const {
+    constexpr int kBytes = WideBackwardConfig::kPairBytes;
+    const uint32_t other = cluster_rank() ^ 1;
+    ptx::mbarrier_arrive_expect(smem.other_ds_full(stage), kBytes);
+    ptx::bulk_copy_to(ptx::address_in(smem.other_ds(stage), other), smem.pairs(stage), kBytes,
+                      ptx::address_in(smem.other_ds_full(stage), other));
+  }
+
+  // kBoxes of dQ from `box` on, by the keys of both blocks, added to their sums.
+  template <int kBoxes>
+  __device__ __forceinline__ void run_boxes(const typename Map::PairPlace& pair, int box,
+                                            float* target) const {
+    float dq[32 * kBoxes];
+    const int other_box = box - cluster_rank() * (kConfig.boxes() - WideBackwardConfig::kDqBoxes);
+    start(dq, smem.pairs(pair.stage), smem.k() + box * kBox, false);
+    wait(smem.other_ds_full(pair.stage), pair.phase);
+    start(dq, smem.other_ds(pair.stage), smem.other_k() + other_box * kBox, true);
+    ptx::wgmma_wait<0>();
+    ptx::held(dq);
+    if (speaks()) {
+      const uint32_t empty = smem.pairs_empty(pair.stage);
+      ptx::mbarrier_arrive(empty);
+      ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, cluster_rank() ^ 1));
+    }
+    target += box * WideBackwardConfig::kDqWarpFloats + lane() * 4;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float four[4] = {dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]};
-      ptx::reduce_add(target + n * 128 + at * 4, four);
+    for (int i = 0; i < 32 * kBoxes; i += 4) {
+      const float four[4] = {dq[i], dq[i + 1], dq[i + 2], dq[i + 3]};
+      ptx::reduce_add(target + i * 32, four);
     }
   }
 
@@ -53,40 +76,19 @@ struct WideBackwardQueries : WarpgroupThread {
     typename Map::PairPlace pair;
     wait(smem.k_full(), 0);
 #pragma unroll 1
-    for (int32_t n = tile.steps; n > 0; --n) {
-      uint32_t a[4 * kSteps];
+    for (int32_t n = 0; n < tile.steps; ++n) {
       wait(smem.ds_full(pair.stage), pair.phase);
-      load_ds(a, smem.ds(pair.stage));
+      if (warp() == 0 && speaks()) exchange(pair.stage);
       __syncwarp();
-      if (speaks()) ptx::mbarrier_arrive(smem.ds_empty(pair.stage));
       float* target = call.buffers.dq_sums + step.tile_index(call, tile) * kConfig.dq_floats() +
                       warp() * (kConfig.boxes() * WideBackwardConfig::kDqWarpFloats);
-      if constexpr (kChunks == 1) {
-#pragma unroll
-        for (int c = 0; c < kConfig.boxes(); ++c) {
-          Dq dq;
-          start_registers_by_columns<Element, 64, kBox>(dq, a, smem.k() + c * kBox, false);
-          ptx::wgmma_wait<0>();
-          ptx::held(dq);
-          ptx::held(a);
-          add(dq, target + c * WideBackwardConfig::kDqWarpFloats);
-        }
+      // Block 0 has the first boxes, block 1 the last ones, and the one in the middle in turns.
+      const int rank = cluster_rank();
+      if (kMiddle == 0 || n % 2 == rank) {
+        run_boxes<WideBackwardConfig::kDqBoxes>(
+            pair, rank * (kConfig.boxes() - WideBackwardConfig::kDqBoxes), target);
       } else {
-        Dq dq[2];
-        start_registers_by_columns<Element, 64, kBox>(dq[0], a, smem.k(), false);
-#pragma unroll
-        for (int c = 0; c < kConfig.boxes(); ++c) {
-          if (c + 1 < kConfig.boxes()) {
-            start_registers_by_columns<Element, 64, kBox>(dq[(c + 1) % 2], a,
-                                                          smem.k() + (c + 1) * kBox, false);
-            ptx::wgmma_wait<1>();
-          } else {
-            ptx::wgmma_wait<0>();
-            ptx::held(a);
-          }
-          ptx::held(dq[c % 2]);
-          add(dq[c % 2], target + c * WideBackwardConfig::kDqWarpFloats);
-        }
+        run_boxes<1>(pair, rank * (kConfig.boxes() - 1), target);
       }
       pair.advance();
       step.advance(tile);

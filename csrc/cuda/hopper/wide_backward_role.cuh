@@ -91,6 +91,10 @@ struct WideBackwardRole : WarpgroupThread {
     constexpr uint32_t kStep = kThreads * 16;
     const uint32_t begin = smem.k() + i * 16, end = smem.k() + kConfig.q_bytes();
     const bool found = has_nonfinite<Element>(begin, end, kStep);
+    const uint32_t other = smem.other_k() + i * 16, other_end = smem.q(0);
+    if (has_nonfinite<Element>(other, other_end, kStep)) {
+      clear_nonfinite<Element>(other, other_end, kStep);
+    }
     marked = ptx::barrier_or(kConsumersBarrier, kThreads, found);
     if (!marked) return;
     if (found) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/hopper/wide_backward_role.cuh"
+#include "cuda/ptx/cluster.cuh"
 
 namespace online_attention::cuda::hopper {
 
@@ -38,8 +39,9 @@ struct WideBackwardValues : WideBackwardRole<Element, kConfig> {
   // Hands P to the other warpgroup, each thread to the one of the same number.
   __device__ __forceinline__ void give(const Pairs& p) {
     const int warp = Role::warp();
-    wait(smem.p_empty(pair.stage, warp), pair.phase ^ 1);
-    const uint32_t place = smem.p(pair.stage) + ptx::thread_index() % 128u * 16;
+    while (!ptx::mbarrier_try_wait_in_cluster(smem.pairs_empty(pair.stage), pair.phase ^ 1)) {
+    }
+    const uint32_t place = smem.pairs(pair.stage) + ptx::thread_index() % 128u * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t words[4];
