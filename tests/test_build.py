@@ -203,10 +203,12 @@ HOPPER_BACKWARD_PRODUCTS = {
 
 
 # The same for wide heads: one copy of a step of 64 queries and 64 keys, which has S, dP, dV, dK and
-# dQ, a product for each 64 columns of which. Gradients of 256 columns are two products.
+# dQ for half of the columns and the keys of both blocks; where those are no whole boxes of 64, dQ
+# for two boxes and for one. Gradients of 256 columns are two products.
 def wide_backward_products(head_dim: int, value_dim: int) -> int:
     halves = [2 if columns == 256 else 1 for columns in (head_dim, value_dim)]
-    return 2 * (head_dim // 16 + value_dim // 16 + 64 // 16 * (sum(halves) + head_dim // 64))
+    dq = 2 if head_dim == 256 else 4
+    return 2 * (head_dim // 16 + value_dim // 16 + 64 // 16 * (sum(halves) + dq))
 
 
 HOPPER_WIDE_BACKWARD_PRODUCTS = {

@@ -100,7 +100,7 @@ Workspace workspace_for(const BackwardArgs& a, const WideBackwardConfig& config,
   Workspace w;
   w.plan = plan_backward(a, config.tile_m, 128, 132);
   if (a.mask.is_banded()) {
-    const bool few = int64_t{w.plan.heads} * w.plan.kv_tiles <= 8 * 132;
+    const bool few = int64_t{w.plan.heads} * w.plan.kv_tiles <= 8 * 66;
     const auto filling = ceil_div<uint32_t>(66, w.plan.kv_tiles);
     w.plan.section_heads = few || filling >= w.plan.heads ? w.plan.heads : filling;
     if (const char* rounds = std::getenv("LAB_ROUNDS"); rounds != nullptr) {

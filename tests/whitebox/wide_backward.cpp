@@ -21,10 +21,11 @@ void bind_wide_backward(py::module_& module) {
            [](const WideBackwardConfig& c) {
              return std::vector<int>{0,
                                      c.v_offset(),
+                                     c.other_k_offset(),
                                      c.q_offset(),
                                      c.dout_offset(),
-                                     c.p_offset(),
-                                     c.ds_offset(),
+                                     c.pairs_offset(),
+                                     c.other_ds_offset(),
                                      c.terms_offset(),
                                      c.marks_offset(),
                                      c.barrier_offset(),

@@ -117,8 +117,8 @@ inline constexpr WideBackwardConfig kWideBackward<192, 128, true> = {.head_dim =
 template <>
 inline constexpr WideBackwardConfig kWideBackward<192, 192, false> = {.head_dim = 192,
                                                                       .value_dim = 192,
-                                                                      .stages = 3,
-                                                                      .pair_stages = 1,
+                                                                      .stages = 2,
+                                                                      .pair_stages = 2,
                                                                       .dv_registers = 176,
                                                                       .dk_registers = 176,
                                                                       .dq_registers = 96,
@@ -126,9 +126,9 @@ inline constexpr WideBackwardConfig kWideBackward<192, 192, false> = {.head_dim 
 template <>
 inline constexpr WideBackwardConfig kWideBackward<192, 192, true> = {.head_dim = 192,
                                                                      .value_dim = 192,
-                                                                     .stages = 3,
+                                                                     .stages = 2,
                                                                      .masked = true,
-                                                                     .pair_stages = 1,
+                                                                     .pair_stages = 2,
                                                                      .dv_registers = 176,
                                                                      .dk_registers = 176,
                                                                      .dq_registers = 96};

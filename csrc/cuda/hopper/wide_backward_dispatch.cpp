@@ -57,10 +57,10 @@ BackwardPlan plan_blocks(const BackwardArgs& args, int multiprocessors) {
       plan_backward(args, WideBackwardConfig::tile_m,
                     WideBackwardConfig::kBlocks * WideBackwardConfig::kTileN, multiprocessors);
   if (args.mask.is_banded()) {
+    const int clusters = multiprocessors / WideBackwardConfig::kBlocks;
     constexpr int64_t kFewRounds = 8;
-    const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * multiprocessors;
-    const auto filling = ceil_div(
-        static_cast<uint32_t>(multiprocessors / WideBackwardConfig::kBlocks), plan.kv_tiles);
+    const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * clusters;
+    const auto filling = ceil_div(static_cast<uint32_t>(clusters), plan.kv_tiles);
     plan.section_heads = few || filling >= plan.heads ? plan.heads : filling;
   }
   return plan;

@@ -13,6 +13,7 @@ struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
   using Role = WideBackwardRole<Element, kConfig>;
   using Role::at, Role::call, Role::pair, Role::release, Role::smem, Role::step;
   using typename Role::KeyRows, typename Role::Pairs, typename Role::Rounded;
+  using typename Role::Map;
 
   WideGradient<kConfig.head_dim> dk;
 
@@ -50,8 +51,8 @@ struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
     for (int32_t i = 0; i < steps; ++i) {
       Pairs ds;
       wait(smem.dout_full(at.stage), at.phase);
-      start_rows_by_rows<Element, kConfig.value_dim, Role::kBox, Role::kBox>(ds, smem.v(),
-                                                                             smem.dout(at.stage));
+      start_rows_by_rows<Element, kConfig.value_dim, Role::kBox, Role::kBox>(
+          ds, Map::operand(smem.v()), Map::operand(smem.dout(at.stage)));
       if constexpr (kConfig.dk_runs_on) {
         ptx::wgmma_wait<1>();
         dk.hold();

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The two threads of the backward for wide heads that start every copy into shared memory, and the
+// The threads of the backward for wide heads that start every copy into shared memory, and the
 // walk over a block's steps.
 #pragma once
 
 #include "cuda/hopper/wide_backward_call.h"
 #include "cuda/hopper/wide_backward_map.cuh"
 #include "cuda/ptx/bulk.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace online_attention::cuda::hopper {
@@ -120,6 +121,21 @@ struct WideBackwardLoader {
                      WideBackwardConfig::kTermsBytes, full);
       step.advance(tile);
       at.advance();
+    }
+  }
+  // Another: dS of every step to the other block, from where as much is to come.
+  __device__ __forceinline__ void run_exchange() const {
+    constexpr int kBytes = WideBackwardConfig::kPairBytes;
+    const uint32_t other = cluster_rank() ^ 1;
+    typename Map::PairPlace pair;
+#pragma unroll 1
+    for (int32_t n = smem.tile().steps; n > 0; --n) {
+      wait(smem.ds_full(pair.stage), pair.phase);
+      const uint32_t full = smem.other_ds_full(pair.stage);
+      ptx::mbarrier_arrive_expect(full, kBytes);
+      ptx::bulk_copy_to(ptx::address_in(smem.other_ds(pair.stage), other), smem.pairs(pair.stage),
+                        kBytes, ptx::address_in(full, other));
+      pair.advance();
     }
   }
   // Another: V, then dO and delta of every step.

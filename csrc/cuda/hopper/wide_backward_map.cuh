@@ -17,6 +17,10 @@ struct WideBackwardMap {
   uint32_t base;  // a multiple of 1024
   unsigned char* generic;
 
+  // A tile as smem_descriptor takes it: addresses of a cluster's second block have its rank in bits
+  // that the descriptor has for something else.
+  __device__ __forceinline__ static uint32_t operand(uint32_t tile) { return tile & 0x3ffffu; }
+
   __device__ __forceinline__ uint32_t k() const { return base; }
   __device__ __forceinline__ uint32_t v() const { return base + kConfig.v_offset(); }
   __device__ __forceinline__ uint32_t q(int stage) const {

@@ -25,7 +25,8 @@ struct WideBackwardQueries : WarpgroupThread {
   template <int kSize>
   __device__ __forceinline__ static void start(float (&dq)[kSize], uint32_t ds, uint32_t k,
                                                bool accumulate) {
-    const uint64_t a = smem_descriptor(ds, 0), b = smem_descriptor(k, kBox);
+    const uint64_t a = smem_descriptor(Map::operand(ds), 0),
+                   b = smem_descriptor(Map::operand(k), kBox);
     ptx::held(dq);
     ptx::wgmma_fence();
 #pragma unroll
@@ -34,15 +35,6 @@ struct WideBackwardQueries : WarpgroupThread {
                                      step != 0 || accumulate);
     }
     ptx::wgmma_commit();
-  }
-
-  // Sends dS of this block to the other one, and says that as much is to come from there.
-  __device__ __forceinline__ void exchange(int stage) const {
-    constexpr int kBytes = WideBackwardConfig::kPairBytes;
-    const uint32_t other = cluster_rank() ^ 1;
-    ptx::mbarrier_arrive_expect(smem.other_ds_full(stage), kBytes);
-    ptx::bulk_copy_to(ptx::address_in(smem.other_ds(stage), other), smem.pairs(stage), kBytes,
-                      ptx::address_in(smem.other_ds_full(stage), other));
   }
 
   // kBoxes of dQ from `box` on, by the keys of both blocks, added to their sums.
@@ -78,8 +70,6 @@ struct WideBackwardQueries : WarpgroupThread {
 #pragma unroll 1
     for (int32_t n = 0; n < tile.steps; ++n) {
       wait(smem.ds_full(pair.stage), pair.phase);
-      if (warp() == 0 && speaks()) exchange(pair.stage);
-      __syncwarp();
       float* target = call.buffers.dq_sums + step.tile_index(call, tile) * kConfig.dq_floats() +
                       warp() * (kConfig.boxes() * WideBackwardConfig::kDqWarpFloats);
       // Block 0 has the first boxes, block 1 the last ones, and the one in the middle in turns.

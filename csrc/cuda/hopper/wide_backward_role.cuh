@@ -136,8 +136,8 @@ struct WideBackwardRole : WarpgroupThread {
     using Gradient = WideGradient<kColumns>;
 #pragma unroll
     for (int i = 0; i < Gradient::kParts; ++i) {
-      start_registers_by_columns<Element, kTileM, kBox>(gradient.part[i], a,
-                                                        b + i * Gradient::kPartBoxes * kBox, true);
+      start_registers_by_columns<Element, kTileM, kBox>(
+          gradient.part[i], a, Map::operand(b) + i * Gradient::kPartBoxes * kBox, true);
     }
   }
   // The warp's 16 rows of a gradient, by way of shared memory that nobody reads any more.

@@ -12,6 +12,7 @@ struct WideBackwardValues : WideBackwardRole<Element, kConfig> {
   using Role = WideBackwardRole<Element, kConfig>;
   using Role::at, Role::call, Role::marked, Role::pair, Role::release, Role::smem, Role::step;
   using typename Role::KeyRows, typename Role::Pairs, typename Role::Rounded;
+  using typename Role::Map;
   using Gradient = WideGradient<kConfig.value_dim>;
 
   Gradient dv;
@@ -83,8 +84,8 @@ struct WideBackwardValues : WideBackwardRole<Element, kConfig> {
     for (int32_t i = 0; i < steps; ++i) {
       Pairs p;
       wait(smem.q_full(at.stage), at.phase);
-      start_rows_by_rows<Element, kConfig.head_dim, Role::kBox, Role::kBox>(p, smem.k(),
-                                                                            smem.q(at.stage));
+      start_rows_by_rows<Element, kConfig.head_dim, Role::kBox, Role::kBox>(
+          p, Map::operand(smem.k()), Map::operand(smem.q(at.stage)));
       if constexpr (kConfig.dv_runs_on) {
         ptx::wgmma_wait<1>();
         dv.hold();
