@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What is timed: one `Case` is one attention problem, a suite is a list of them.
 
-Shapes are written B, H, H_kv, S_q, S_kv, D, D_v throughout, as in the documentation.
+The attention alone or, in the suite `block`, the transformer block around it. Shapes are written
+B, H, H_kv, S_q, S_kv, D, D_v throughout, as in the documentation.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Case:
     causal: bool
     bias: str = "none"  # a mask given as a tensor, one of BIASES
     heads_first: bool = False  # in memory (B, H, S, D), as a cache of keys, not (B, S, H, D)
+    block: bool = False  # the whole block of a transformer, self-attention: see _block.py
 
     @property
     def shape(self) -> str:
@@ -66,6 +68,24 @@ class Case:
     @property
     def label(self) -> str:
         return f"{self.shape}, D {self.head_dim}, {self.mask}"
+
+    @property
+    def width(self) -> int:
+        """E, the features of a token between the layers of a model."""
+        return self.heads * self.d
+
+    @property
+    def block_weights(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights of a block; those of a product are (outputs, inputs)."""
+        width, heads_out = self.width, self.heads * self.d_v
+        return {
+            "norm_attention": (width,),
+            "qkv": (width + self.heads_kv * (self.d + self.d_v), width),
+            "projection": (width, heads_out),
+            "norm_network": (width,),
+            "widen": (4 * width, width),
+            "narrow": (width, 4 * width),
+        }
 
     @property
     def masks_agree(self) -> bool:
@@ -145,6 +165,16 @@ def shapes(device_type: str) -> list[Case]:
     return cases
 
 
+def block(device_type: str) -> list[Case]:
+    """A block of a GPT of 2048 features; on the CPU of 256."""
+    on_gpu = device_type == "cuda"
+    tokens, heads, d = (GRID_TOKENS, 16, 128) if on_gpu else (512, 4, 64)
+    return [
+        replace(_square("block", tokens // length, heads, length, d, True), block=True)
+        for length in ((2048, 8192) if on_gpu else (128, 512))
+    ]
+
+
 def fp32(device_type: str) -> list[Case]:
     return [
         _square("fp32", 4, GRID_WIDTH // d, 4096, d, causal) for d in (64, 128) for causal in MASKS
@@ -209,8 +239,11 @@ def decode(device_type: str) -> list[Case]:
 
 
 def host(device_type: str) -> list[Case]:
-    """Calls so small that the time is the host's: argument checks, dispatch, allocation."""
-    return [_square("host", 1, 4, 16, 64, causal) for causal in MASKS]
+    """Calls so small that the time is the host's: argument checks, dispatch, allocation.
+
+    The longer ones fill a tile, so that the first row of the table for the device takes them.
+    """
+    return [_square("host", 1, 4, length, 64, causal) for causal in MASKS for length in (16, 128)]
 
 
 @dataclass(frozen=True)
@@ -242,6 +275,7 @@ SUITES = {
         Suite("backward", backward, case_seconds=3.0, which_pass="backward"),
         Suite("shapes", shapes),
         Suite("masks", masks, case_seconds=1.5),
+        Suite("block", block, case_seconds=4.0, which_pass="forward_backward"),
         Suite("fp32", fp32, gpu_dtypes=("fp32",), cpu_dtypes=("fp32",)),
         Suite("cpu", cpu, gpu_dtypes=("fp32", "bf16"), case_seconds=0.8),
         Suite("decode", decode, case_seconds=2.0),

@@ -2,7 +2,8 @@
 """Is it right? Errors against an fp64 reference, before anything is timed.
 
 Forward that is the output, and the log-sum-exp of ours; with gradients dq, dk and dv. Each tensor
-has an error and a limit of its own. What they are, `_reference` and `_gradients` say.
+has an error and a limit of its own. What they are, `_reference` and `_gradients` say, and `_block`
+for the block of a transformer.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 
+import _block
 import _gradients
 import _reference
 from _cases import Case
-from _contenders import OURS, OURS_WITH_LSE, Contender, Inputs
+from _contenders import OURS_WITH_LSE, Contender, Inputs
 from _passes import gradients_wanted, tensors_of
 from _reference import relative_error
 from _refusals import Refusal, first_call
@@ -25,7 +27,9 @@ Tensors = dict[str, torch.Tensor]
 
 def make_reference(
     case: Case, dtype: str, inputs: Inputs
-) -> _reference.ForwardReference | _gradients.GradientReference:
+) -> _reference.ForwardReference | _gradients.GradientReference | _block.BlockReference:
+    if case.block:
+        return _block.make_reference(case, dtype, inputs)
     if inputs.dout is None:
         return _reference.make_reference(case, dtype, inputs.tensors)
     return _gradients.make_reference(case, dtype, inputs.tensors, inputs.dout)
@@ -63,7 +67,7 @@ def check(
         if refusal is not None:
             refused[contender.name] = refusal
             continue
-        tensors = tensors_of(contender, result, which_pass)
+        tensors = tensors_of(contender, case, result, which_pass)
         errors[contender.name] = reference.errors(tensors)
         if contender.name == "ours":
             ours = tensors
@@ -73,14 +77,14 @@ def check(
             against = (contender.name, differences)
         del result, tensors
     wrong = []
-    if ours is not None and not gradients_wanted(which_pass):
+    if ours is not None and not (case.block or gradients_wanted(which_pass)):
         result, refusal = first_call(OURS_WITH_LSE, case, inputs)
         if refusal is None:
             errors["ours"] |= reference.errors({"lse": result[1]})
         else:
             wrong.append(f"return_lse=True failed: {refusal.reason}")
     if ours is not None and torch.are_deterministic_algorithms_enabled():
-        wrong += _what_differs(case, inputs, ours, which_pass)
+        wrong += _what_differs(takers[0], case, inputs, ours, which_pass)
     found = {
         "checked": reference.checked,
         "of": reference.of,
@@ -92,12 +96,14 @@ def check(
     return found | {"wrong": _what_is_wrong(found) + wrong}, refused
 
 
-def _what_differs(case: Case, inputs: Inputs, before: Tensors, which_pass: str) -> list[str]:
+def _what_differs(
+    ours: Contender, case: Case, inputs: Inputs, before: Tensors, which_pass: str
+) -> list[str]:
     """In deterministic mode a second call must give the same bits."""
-    result, refusal = first_call(OURS, case, inputs, which_pass)
+    result, refusal = first_call(ours, case, inputs, which_pass)
     if refusal is not None:
         return [f"a second call failed: {refusal.reason}"]
-    again = tensors_of(OURS, result, which_pass)
+    again = tensors_of(ours, case, result, which_pass)
     return [
         f"{name} of ours differs from call to call in deterministic mode"
         for name, tensor in before.items()

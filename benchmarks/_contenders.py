@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ BASELINES = ("sdpa", *SDPA_BACKENDS, "fa3")
 FA3_MODULE = "fa3_fwd_interface"
 
 Call = Callable[[], Any]
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors = tuple[torch.Tensor, ...]  # q, k and v, or what a block has: see _block.py
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,6 @@ class Inputs:
 
     tensors: Tensors
     dout: torch.Tensor | None = None
-
-
-def draw_inputs(case: Case, dtype: str, device: torch.device, seed: int, gradients: bool) -> Inputs:
-    """Random inputs, in memory as `make_inputs` has them; they require gradients if wanted."""
-    tensors = make_inputs(case, dtype, device, seed)
-    if not gradients:
-        return Inputs(tensors)
-    like_out = replace(case, d=case.d_v)
-    # Any other seed will do: a gradient equal to q would be a special case.
-    dout, _, _ = make_inputs(like_out, dtype, device, seed=seed + 1_000_003)
-    for tensor in tensors:
-        tensor.requires_grad_()
-    return Inputs(tensors, dout)
 
 
 def make_inputs(case: Case, dtype: str, device: torch.device, seed: int) -> Tensors:

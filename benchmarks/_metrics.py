@@ -18,11 +18,21 @@ def flops(case: Case, which_pass: str = "forward") -> float:
     and dv of D_v: 2 B H S_q S_kv (3 D + 2 D_v), 2.5 times as much for equal head sizes. Half of it
     when causal; pairs that a mask tensor hides are counted. Exponentials are not counted, nor what
     a kernel computes more than once.
+
+    Around it a block has a product of every weight matrix with every token, 2 T (the weights'
+    elements), and backward two of them.
     """
     pairs = float(case.batch * case.heads * case.s_q * case.s_kv)
     widths = {"forward": case.d + case.d_v, "backward": 3 * case.d + 2 * case.d_v}
     widths["forward_backward"] = widths["forward"] + widths["backward"]
-    return 2.0 * pairs * widths[which_pass] / (2 if case.causal else 1)
+    attention = 2.0 * pairs * widths[which_pass] / (2 if case.causal else 1)
+    return attention + (_block_flops(case, which_pass) if case.block else 0)
+
+
+def _block_flops(case: Case, which_pass: str) -> float:
+    matrices = [shape for shape in case.block_weights.values() if len(shape) == 2]
+    products = {"forward": 1, "backward": 2, "forward_backward": 3}[which_pass]
+    return 2.0 * products * case.batch * case.s_q * sum(math.prod(shape) for shape in matrices)
 
 
 # Forward reads q, k, v and writes out; backward reads all four and dout, and writes dq, dk, dv.
@@ -30,11 +40,17 @@ BYTES_RELATIVE_TO_FORWARD = {"forward": 1, "backward": 2, "forward_backward": 3}
 
 
 def moved_bytes(case: Case, dtype: str, which_pass: str = "forward") -> int:
-    """The fewest bytes a pass can move: each of its tensors once, the log-sum-exp not counted."""
-    per_query = case.batch * case.heads * case.s_q * (case.d + case.d_v)
-    per_key = case.batch * case.heads_kv * case.s_kv * (case.d + case.d_v)
-    once = (per_query + per_key) * ELEMENT_BYTES[dtype]
-    return once * BYTES_RELATIVE_TO_FORWARD[which_pass]
+    """The fewest bytes a pass can move: each of its tensors once, the log-sum-exp not counted.
+
+    Of a block: its input, its weights and its output, and backward the gradients of all three.
+    """
+    if case.block:
+        elements = 2 * case.batch * case.s_q * case.width
+        elements += sum(math.prod(shape) for shape in case.block_weights.values())
+    else:
+        rows = case.heads * case.s_q + case.heads_kv * case.s_kv
+        elements = case.batch * rows * (case.d + case.d_v)
+    return elements * ELEMENT_BYTES[dtype] * BYTES_RELATIVE_TO_FORWARD[which_pass]
 
 
 def naive_bytes(case: Case, dtype: str) -> int:

@@ -10,17 +10,34 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+import _block
 from _cases import Case
-from _contenders import Call, Contender, Inputs
+from _contenders import Call, Contender, Inputs, make_inputs
+from _gradients import GRADIENTS
 
 
 def gradients_wanted(which_pass: str) -> bool:
     return which_pass != "forward"
+
+
+def draw_inputs(case: Case, dtype: str, device: torch.device, seed: int, gradients: bool) -> Inputs:
+    """Random inputs, in memory as a model has them; they require gradients if wanted."""
+    make = _block.make_tensors if case.block else make_inputs
+    tensors = make(case, dtype, device, seed)
+    if not gradients:
+        return Inputs(tensors)
+    # Any other seed will do: a gradient equal to q or x would be a special case.
+    like_out = case if case.block else replace(case, d=case.d_v)
+    dout = make(like_out, dtype, device, seed=seed + 1_000_003)[0]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    return Inputs(tensors, dout)
 
 
 @contextmanager
@@ -33,7 +50,7 @@ def entered(contender: Contender, which_pass: str) -> Iterator[None]:
 def bind(contender: Contender, case: Case, inputs: Inputs, which_pass: str) -> Call:
     """The call that is timed; to be made, as it is called, inside `entered`.
 
-    It returns what the contender returns, or (dq, dk, dv).
+    It returns what the contender returns, or the gradients of the inputs' tensors.
     """
     forward = contender.bind(case, inputs.tensors)
     if not gradients_wanted(which_pass):
@@ -45,10 +62,13 @@ def bind(contender: Contender, case: Case, inputs: Inputs, which_pass: str) -> C
     return partial(gradients, out(forward()), grad_outputs=dout, retain_graph=True)
 
 
-def tensors_of(contender: Contender, result: Any, which_pass: str) -> dict[str, torch.Tensor]:
+def tensors_of(
+    contender: Contender, case: Case, result: Any, which_pass: str
+) -> dict[str, torch.Tensor]:
     """What a call returned, by name: all that is checked."""
     if gradients_wanted(which_pass):
-        return dict(zip(("dq", "dk", "dv"), result, strict=True))
+        names = _block.gradient_names(case) if case.block else GRADIENTS
+        return dict(zip(names, result, strict=True))
     return {"out": contender.out(result)}
 
 

@@ -238,9 +238,14 @@ def remarks(report: dict[str, Any]) -> list[str]:
             f"the baseline's own {unit}. ± is half the distance of the 20th to the 80th percentile."
         )
     lines.append(f"Timed and checked: {report['function']}.")
-    if report["pass"] != "forward" and unit != "us" and not report["check_only"]:
+    in_block = report["rows"][0]["case"]["block"] if report["rows"] else False
+    if (report["pass"] != "forward" or in_block) and unit != "us" and not report["check_only"]:
+        of_attention = "two forward, five backward; half of them if causal"
+        counted = "Counted are the matrix products: "
         lines.append(
-            "Counted are the matrix products: two forward, five backward; half of them if causal."
+            f"{counted}those of every weight, and of the attention {of_attention}."
+            if in_block
+            else f"{counted}{of_attention}."
         )
     lines.append(
         "Allowed error: twice that of plain PyTorch arithmetic in the same dtype. Naive scores: "

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from _cases import Case
-from _contenders import TORCH_DTYPES, Call, Contender, Inputs, draw_inputs
+from _contenders import TORCH_DTYPES, Call, Contender, Inputs
 from _metrics import flops, moved_bytes, percentile
-from _passes import bind, entered
+from _passes import bind, draw_inputs, entered
 
 MAX_SETS = 64
 MAX_CALLS = 2000

@@ -12,6 +12,9 @@ of q, k and v alone, with `--pass forward_backward` both. Its causal mask is ali
 bottom right, that of SDPA's `is_causal` to the top left: the same for S_q == S_kv, which every
 suite has. For a causal `--shapes` with other lengths SDPA gets the bottom-right mask as a tensor.
 
+`--suite block` times the attention where a model has it: in a transformer's block of LayerNorm,
+projections, attention, a GELU network and residuals, forward and backward, for each attention.
+
 `--deterministic` puts torch into its deterministic mode. Ours follows it, and is timed beside
 itself with `deterministic=False`: what the mode costs. A baseline without a deterministic kernel
 refuses, and that every call of ours gives the same bits is checked.
@@ -47,6 +50,15 @@ FUNCTIONS = {
     "torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), without the forward before it",
     "forward_backward": "online_attention.attention(q, k, v, causal=...), then "
     "torch.autograd.grad(out, (q, k, v), dout)",
+}
+BLOCK_FUNCTIONS = {
+    "forward": "a pre-norm block (LayerNorm, q k v in one projection, online_attention.attention, "
+    "projection, GELU network of 4 times the width, residuals), forward, no gradients",
+    "backward": "the gradients of input and weights of a pre-norm block with "
+    "online_attention.attention, without the forward before it",
+    "forward_backward": "a pre-norm block (LayerNorm, q k v in one projection, "
+    "online_attention.attention, projection, GELU network of 4 times the width, residuals), then "
+    "the gradients of its input and weights",
 }
 
 
@@ -196,16 +208,17 @@ class Run:
 
     def measure(self, case: Case, dtype: str) -> dict[str, Any]:
         """Checks one case, and times it if ours is right: a wrong result has no speed."""
+        from _block import within_block
         from _check import check
-        from _contenders import draw_inputs
         from _environment import without_paths
-        from _passes import gradients_wanted
+        from _passes import draw_inputs, gradients_wanted
         from _timing import time_case
 
         which_pass = self.arguments.which_pass
         inputs = draw_inputs(case, dtype, self.device, 0, gradients_wanted(which_pass))
         self.presenter.step(case, dtype, "checking")
-        found, refused = check(case, dtype, inputs, self.contenders, which_pass)
+        all_takers = [within_block(c) if case.block else c for c in self.contenders]
+        found, refused = check(case, dtype, inputs, all_takers, which_pass)
         status, reason = "ok", None
         if "ours" in refused:
             status = "not built" if refused["ours"].not_built else "failed"
@@ -214,7 +227,7 @@ class Run:
             status, reason = "wrong", "; ".join(found["wrong"])
         results: dict[str, Any] = {}
         if status == "ok" and not self.arguments.check_only:
-            takers = [taker for taker in self.contenders if taker.name not in refused]
+            takers = [taker for taker in all_takers if taker.name not in refused]
             results = time_case(
                 case, dtype, inputs, takers, self.settings,
                 lambda name: self.presenter.step(case, dtype, name),
@@ -247,6 +260,7 @@ class Run:
         """The JSON of one dtype, but for the clocks."""
         from _environment import describe
 
+        functions = BLOCK_FUNCTIONS if self.cases[0].block else FUNCTIONS
         baselines = [taker.name for taker in self.contenders if taker.name != "ours"]
         # A baseline that took no case would only be an empty column.
         shown = [name for name in baselines if any(name in row["check"]["errors"] for row in rows)]
@@ -256,7 +270,7 @@ class Run:
             "pass": self.arguments.which_pass,
             "dtype": dtype,
             "deterministic": self.arguments.deterministic,
-            "function": FUNCTIONS[self.arguments.which_pass],
+            "function": functions[self.arguments.which_pass],
             "check_only": self.arguments.check_only,
             "settings": without_infinities(asdict(self.settings)),
             "environment": describe(self.device, self.argv, self.arguments.commit),
@@ -328,9 +342,11 @@ def explanation(case: Case, tensors: Any) -> str | None:
     """Which kernel takes the case, in the package's own words; None if it has none."""
     import online_attention
     from _bias import make_bias
+    from _block import project
     from _environment import without_paths
 
     try:
+        tensors = project(case, *tensors[:3]) if case.block else tensors
         bias = make_bias(case, tensors[0].dtype, tensors[0].device)
         return without_paths(str(online_attention.explain(*tensors, causal=case.causal, bias=bias)))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):

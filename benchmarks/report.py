@@ -188,7 +188,11 @@ def _heading(report: Report) -> str:
 def _counted(report: Report) -> str:
     """What a speed with gradients counts."""
     products = {"backward": "five", "forward_backward": "seven"}.get(report.get("pass", "forward"))
-    if products is None or report["settings"]["host_time"]:
+    if report["settings"]["host_time"]:
+        return ""
+    if any(row["case"].get("block") for row in report["rows"]):
+        return ", which counts the matrix products of the attention and of every weight"
+    if products is None:
         return ""
     return f", which counts {products} matrix products where the forward has two"
 

@@ -48,7 +48,7 @@ constexpr Runner kRunners[] = {
      .leaves = "a bias, dropout, fewer than 64 queries of a group of heads or rows off 16-byte "
                "boundaries",
      .leaves_backward = "a bias, dropout, fewer than 64 queries, rows off 16-byte boundaries or "
-                        "deterministic gradients"},
+                        "deterministic gradients for a head_dim above 128"},
     {.name = "cuda.portable.tensor_core",
      .device = DeviceKind::cuda,
      .arch_min = 80,

@@ -13,14 +13,20 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import online_attention
 from online_attention import reference
+
+try:
+    import matplotlib
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f"{error.name} is not installed; install it with: pip install '.[bench]'"
+    ) from None
 
 matplotlib.use("Agg")  # before pyplot: a backend that needs no display
 import matplotlib.pyplot as plt

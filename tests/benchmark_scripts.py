@@ -1,31 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the tests of benchmarks/ share."""
 
-import importlib.util
 import math
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ["--device", "cpu", "--shapes", "2,4,2,24,24,16,16", "--rounds", "2", "--min-time", "0"]
-
-
-@contextmanager
-def neighbours_importable():
-    """The scripts import their neighbours by name, as they do when run from the command line."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def naive_attention(q, k, v, causal):

@@ -104,6 +104,31 @@ def one_thread(threads_restored: None) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def benchmarks_on_path() -> Iterator[None]:
+    """Tests import the modules of benchmarks/ by name, as its scripts do."""
+    import scripts
+
+    with scripts.neighbours_importable(scripts.BENCHMARKS):
+        yield
+
+
+@pytest.fixture(scope="module")
+def attention_script(benchmarks_on_path: None) -> ModuleType:
+    """The module benchmarks/attention.py."""
+    import scripts
+
+    return scripts.load_script(scripts.BENCHMARKS / "attention.py")
+
+
+@pytest.fixture(scope="module")
+def report_script(benchmarks_on_path: None) -> ModuleType:
+    """The module benchmarks/report.py."""
+    import scripts
+
+    return scripts.load_script(scripts.BENCHMARKS / "report.py")
+
+
 @pytest.fixture(scope="session")
 def whitebox() -> ModuleType:
     """The headers of csrc/core, compiled from tests/whitebox."""

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The gradients of the CPU kernels: what the operator itself promises, for each instruction set.
 
-As a script, this file runs its checks once with the instruction set that ONLINE_ATTENTION_CPU asks
-for, which is read when the library is first used.
+Its checks run by each instruction set: see instruction_sets.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from instruction_sets import INSTRUCTION_SETS, check_script
-from online_attention import _C
+from instruction_sets import for_each_set, run
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, FULL, Mask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -207,16 +204,7 @@ def check_needs() -> None:
 
 
 CHECKS = (check_accuracy, check_scales, check_huge_scores, check_poison, check_needs)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_widest_instruction_set(check: Callable[[], None]) -> None:
-    check()
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_instruction_set(name: str) -> None:
-    check_script(__file__, name)
+test_widest_instruction_set, test_instruction_set = for_each_set(__file__, CHECKS)
 
 
 @pytest.mark.usefixtures("threads_restored")
@@ -255,6 +243,4 @@ def test_strides(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check()
-    print(_C.cpu_instruction_set())
+    run(CHECKS)

@@ -8,29 +8,9 @@ import json
 import pytest
 import torch
 
-from benchmark_scripts import (
-    TINY,
-    assert_ours_within_limits,
-    load_script,
-    naive_attention,
-    neighbours_importable,
-)
+from benchmark_scripts import TINY, assert_ours_within_limits, naive_attention
 
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    with neighbours_importable():
-        yield
-
-
-@pytest.fixture(scope="module")
-def attention_script(benchmarks_on_path):
-    return load_script("attention")
-
-
-@pytest.fixture(scope="module")
-def report_script(benchmarks_on_path):
-    return load_script("report")
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,9 @@ import math
 import pytest
 import torch
 
-from benchmark_scripts import (
-    TINY,
-    assert_ours_within_limits,
-    load_script,
-    naive_attention,
-    neighbours_importable,
-)
+from benchmark_scripts import TINY, assert_ours_within_limits, naive_attention
 
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    with neighbours_importable():
-        yield
-
-
-@pytest.fixture(scope="module")
-def attention_script(benchmarks_on_path):
-    return load_script("attention")
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +23,7 @@ def cases(benchmarks_on_path):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_gradients_reference_agrees_with_autograd(cases, monkeypatch, s_q, s_kv, causal):
     import _gradients
-    from _contenders import draw_inputs
+    from _passes import draw_inputs
 
     case = cases.Case("any", 3, 4, 2, s_q, s_kv, 8, 12, causal)
     inputs = draw_inputs(case, "fp64", torch.device("cpu"), seed=3, gradients=True)

@@ -179,7 +179,7 @@ def forward_products(head_dim: int, keys: int) -> int:
 
 HOPPER_FORWARD_PRODUCTS = {
     "64": forward_products(64, 128) + forward_products(64, 128),
-    "96": forward_products(96, 128),
+    "96": forward_products(96, 128) + forward_products(96, 96),
     "128": forward_products(128, 128) + forward_products(128, 80),
     "192_128": forward_products(192, 128),
     "192": forward_products(192, 112),

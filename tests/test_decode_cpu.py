@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Few queries on the CPU: rows multiplied in place, and keys split in parts that are joined.
 
-As a script, this file runs its checks once with the instruction set that ONLINE_ATTENTION_CPU asks
-for, which is read when the library is first used.
+Its checks run by each instruction set: see instruction_sets.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -19,8 +17,7 @@ from hypothesis import strategies as st
 
 from attend import KEEP_ALL, Dropout, assert_right, attend, rounding_magnitude
 from cases import Inputs, normal
-from instruction_sets import INSTRUCTION_SETS, check_script
-from online_attention import _C
+from instruction_sets import for_each_set, run
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, FULL, Attention, Mask
 from philox import factors_of
 from tolerance import assert_bitwise_equal
@@ -127,16 +124,7 @@ CHECKS = (
     check_visible_infinity,
     check_strides,
 )
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_widest_instruction_set(check: Callable[[], None]) -> None:
-    check()
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_instruction_set(name: str) -> None:
-    check_script(__file__, name)
+test_widest_instruction_set, test_instruction_set = for_each_set(__file__, CHECKS)
 
 
 LENGTHS = (PART, PART + 1, 2 * PART, 32 * PART, 32 * PART + 1)
@@ -201,6 +189,4 @@ def test_parts_of_a_range(whitebox: ModuleType, S_kv: int, begin: int, end: int)
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check()
-    print(_C.cpu_instruction_set())
+    run(CHECKS)

@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Many queries on the CPU: the forward pass by each instruction set.
 
-As a script, this file runs its checks once with the instruction set that ONLINE_ATTENTION_CPU asks
-for, which is read when the library is first used.
+Its checks run by each instruction set: see instruction_sets.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from attend import assert_right, attend
 from cases import Inputs, normal
-from instruction_sets import INSTRUCTION_SETS, check_script
-from online_attention import _C, attention
+from instruction_sets import for_each_set, run
+from online_attention import attention
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, FULL, Mask
 from tolerance import assert_bitwise_equal
 
@@ -90,16 +88,7 @@ def check_tail_of_weights() -> None:
 
 
 CHECKS = (check_sizes, check_masks, check_hidden, check_weights, check_tail_of_weights)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_widest_instruction_set(check: Callable[[], None]) -> None:
-    check()
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_instruction_set(name: str) -> None:
-    check_script(__file__, name)
+test_widest_instruction_set, test_instruction_set = for_each_set(__file__, CHECKS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,6 +104,4 @@ def test_neighbours_change_no_bit(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check()
-    print(_C.cpu_instruction_set())
+    run(CHECKS)

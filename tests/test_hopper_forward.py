@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attend import assert_right, attend, check_case
+from attend import assert_right, attend, check_case, rounding_magnitude
 from cases import Case, normal
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, Mask
 from rows import Target
@@ -73,6 +73,21 @@ def test_hidden_nan_and_inf_stay_hidden(target: Target, case: Case):
     assert_bitwise_equal(ours.out[:, :, ~seen], due.out[:, :, ~seen])
     assert not ours.out[:, :, seen].isfinite().any()
     assert_bitwise_equal(ours.lse, due.lse, "lse")
+
+
+@pytest.mark.parametrize("level", [-2048, -16, -6, 0, 2048])
+@pytest.mark.parametrize("rise", [0, 3, -3, 40, -40])
+@pytest.mark.parametrize("D", [64, 256])
+def test_scores_of_any_level_and_growth(target: Target, level: int, rise: int, D: int):
+    """Maxima of either sign that change, from one key tile to the next, by less and by more than
+    a kernel leaves them behind."""
+    case = Case("levels", 130, 700, D=D, mask=Mask(left=600, right=90))
+    inputs = case.inputs(target.dtype, target.device, target.head_dim)
+    scale = 0.125
+    inputs.q[..., -1] = 1
+    inputs.k[..., -1] = (level + rise * (torch.arange(700) // 64)) / scale
+    magnitude = rounding_magnitude(inputs, scale)
+    assert_right(attend(*inputs, case.mask, scale), inputs, case.mask, scale, magnitude)
 
 
 @pytest.mark.cases(PACKED[:2] + SPLIT[:2])

@@ -20,8 +20,7 @@ def test_leading_heads_go_first_and_every_tile_is_reached_once(
     whole = sorted(located(plan))
     lead = min(lead, plan.heads)
     plan.lead_heads, plan.lead_section_heads = lead, section
-    coords = [plan.locate_led(i) for i in range(plan.tiles())]
-    order = [(at.b, at.h, at.q_tile, at.split, at.column_block) for at in coords]
+    order = located(plan, "locate_led")
     assert sorted(order) == whole
     heads = [(b * call.heads + h) // call.pack for b, h, *_ in order]
     leading = lead * plan.q_tiles * plan.splits * plan.column_blocks

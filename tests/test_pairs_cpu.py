@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Bias and dropout in the CPU kernels of each instruction set: results, hidden pairs, threads.
 
-As a script, this file runs its checks once with the instruction set that ONLINE_ATTENTION_CPU asks
-for, which is read when the library is first used.
+Its checks run by each instruction set: see instruction_sets.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +16,7 @@ from attend import KEEP_ALL, Dropout, assert_right, attend, rounding_magnitude
 from cases import Inputs, normal
 from gradients import assert_right as assert_gradients_right
 from gradients import by_operators, cotangents_of
-from instruction_sets import INSTRUCTION_SETS, check_script
-from online_attention import _C
+from instruction_sets import for_each_set, run
 from oracle import CAUSAL, FULL
 from philox import factors_of
 from tolerance import assert_bitwise_equal
@@ -92,16 +89,7 @@ def check_boolean_is_a_mask() -> None:
 
 
 CHECKS = (check_accuracy, check_hidden, check_boolean_is_a_mask)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_widest_instruction_set(check: Callable[[], None]) -> None:
-    check()
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_instruction_set(name: str) -> None:
-    check_script(__file__, name)
+test_widest_instruction_set, test_instruction_set = for_each_set(__file__, CHECKS)
 
 
 @pytest.mark.usefixtures("threads_restored")
@@ -122,6 +110,4 @@ def test_number_of_threads_and_batch_change_no_bit(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check()
-    print(_C.cpu_instruction_set())
+    run(CHECKS)

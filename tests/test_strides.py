@@ -3,72 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from attend import assert_right, attend
 from cases import Case, Inputs
+from layouts import LAYOUTS, between_nan, permuted
 from oracle import CAUSAL, Attention
 from rows import Target
 from tolerance import assert_bitwise_equal
 
-NAN = float("nan")
-
-
-def permuted(order: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """The tensor with its dimensions laid out in memory in `order`, slowest first."""
-    inverse = [order.index(dim) for dim in range(4)]
-    return lambda x: x.permute(order).contiguous().permute(inverse)
-
-
-def between_nan(x: Tensor) -> Tensor:
-    """Inside a larger NaN-filled tensor: gaps after every row, key and head, an odd offset."""
-    B, H, S, D = x.shape
-    room = torch.full((B + 1, H + 2, S + 3, D + 5), NAN, dtype=x.dtype, device=x.device)
-    view = room[1:, 1:-1, 2:-1, 3:-2]
-    view.copy_(x)
-    return view
-
-
-def every_second_element(x: Tensor) -> Tensor:
-    room = torch.full((*x.shape[:3], 2 * x.shape[3]), NAN, dtype=x.dtype, device=x.device)
-    view = room[..., ::2]
-    view.copy_(x)
-    return view
-
-
-def every_third_row(x: Tensor) -> Tensor:
-    B, H, S, D = x.shape
-    room = torch.full((B, H, 3 * S, D), NAN, dtype=x.dtype, device=x.device)
-    view = room[:, :, ::3]
-    view.copy_(x)
-    return view
-
-
-def off_by_one_element(x: Tensor) -> Tensor:
-    """Contiguous, but aligned to a single element."""
-    room = torch.full((x.numel() + 1,), NAN, dtype=x.dtype, device=x.device)
-    view = room[1:].view(x.shape)
-    view.copy_(x)
-    return view
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "bshd": permuted((0, 2, 1, 3)),
-    "sbhd": permuted((2, 0, 1, 3)),
-    "hbsd": permuted((1, 0, 2, 3)),
-    "last-dim-strided": permuted((0, 1, 3, 2)),
-    "between-nan": between_nan,
-    "every-second-element": every_second_element,
-    "every-third-row": every_third_row,
-    "off-by-one-element": off_by_one_element,
-}
 CASE = Case("strided", 37, 67, B=2, H=6, H_kv=3, mask=CAUSAL)
 # What the copy engine cannot address the Hopper kernel leaves to one that rounds otherwise, and
 # heads that are broadcast it does not pack.

@@ -114,6 +114,13 @@ def call_in_thread(body: Callable[[], None]) -> None:
         raise failures[0]
 
 
+def assert_starts_no_thread(inputs: tuple[Tensor, ...]) -> None:
+    before = threads_of_process()
+    with torch.no_grad():
+        online_attention.attention(*inputs)
+    assert threads_of_process() == before
+
+
 @pytest.mark.usefixtures("threads_restored")
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_thread_starts_no_other(name: str) -> None:
@@ -122,10 +129,7 @@ def test_one_thread_starts_no_other(name: str) -> None:
 
     def body() -> None:
         torch.set_num_threads(1)
-        before = threads_of_process()
-        with torch.no_grad():
-            online_attention.attention(*inputs)
-        assert threads_of_process() == before
+        assert_starts_no_thread(inputs)
 
     call_in_thread(body)
 
@@ -140,10 +144,7 @@ def test_no_thread_beyond_those_of_torch(name: str) -> None:
     def body() -> None:
         torch.set_num_threads(3)
         many.add(1)
-        before = threads_of_process()
-        with torch.no_grad():
-            online_attention.attention(*inputs)
-        assert threads_of_process() == before
+        assert_starts_no_thread(inputs)
 
     call_in_thread(body)
 

@@ -59,17 +59,19 @@ class Call:
         alignment = getattr(whitebox.Alignment, self.alignment)
         return whitebox.Mask.window(self.S_q, self.S_kv, alignment, self.left, self.right)
 
-    def plan(self, whitebox: ModuleType):
+    def args(self, whitebox: ModuleType):
         B, H, H_kv, S_q, S_kv, D = self.B, self.heads, self.H_kv, self.S_q, self.S_kv, self.D
-        args = whitebox.ForwardArgs(
+        return whitebox.ForwardArgs(
             dtype=getattr(whitebox.DType, self.dtype),
             shape=whitebox.Shape(B=B, H=H, H_kv=H_kv, S_q=S_q, S_kv=S_kv, D=D, D_v=D),
             mask=self.mask(whitebox),
             batch_invariant=self.batch_invariant,
         )
+
+    def plan(self, whitebox: ModuleType):
         names = ("m", "n", "column_blocks", "blocks_per_sm")
         tile = whitebox.TileShape(**{name: getattr(self, name) for name in names})
-        return whitebox.plan_tiles(args, tile, self.multiprocessors)
+        return whitebox.plan_tiles(self.args(whitebox), tile, self.multiprocessors)
 
     def queries(self, q_tile: int) -> tuple[int, int]:
         """The queries of a tile's rows, without the rows behind the last query, [begin, end)."""
@@ -136,8 +138,9 @@ SPLITS = Call(B=2, H_kv=2, group=3, S_q=5, S_kv=9000, column_blocks=2)
 INVARIANT_SPLITS = replace(SPLITS, batch_invariant=True)
 
 
-def located(plan) -> list[tuple[int, int, int, int, int]]:
-    coords = (plan.locate(i) for i in range(plan.tiles()))
+def located(plan, locate: str = "locate") -> list[tuple[int, int, int, int, int]]:
+    """Where the method of that name puts each tile."""
+    coords = (getattr(plan, locate)(i) for i in range(plan.tiles()))
     return [(at.b, at.h, at.q_tile, at.split, at.column_block) for at in coords]
 
 

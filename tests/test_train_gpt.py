@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,21 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from scripts import EXAMPLES, load_script, neighbours_importable
+
 TINY = ["--device", "cpu", "--steps", "6", "--batch", "2", "--context", "16", "--layers", "2"]
 TINY += ["--heads", "4", "--kv-heads", "2", "--width", "32", "--sample", "5"]
 
 
 @pytest.fixture(scope="module")
 def train_gpt() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(EXAMPLES))  # the script imports its neighbours by name
-    spec = importlib.util.spec_from_file_location("train_gpt", EXAMPLES / "train_gpt.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(EXAMPLES))
+    with neighbours_importable(EXAMPLES):
+        yield load_script(EXAMPLES / "train_gpt.py")
 
 
 def record_of(folder: Path) -> dict[str, Any]:

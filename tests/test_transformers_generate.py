@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,24 +10,19 @@ from types import ModuleType
 import pytest
 import torch
 
+from scripts import EXAMPLES, load_script
+
 pytest.importorskip(
     "transformers", minversion="4.56", reason="needs transformers, of the extra [test]"
 )
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PATH = Path(__file__).resolve().parents[1] / "examples" / "transformers_generate.py"
 TINY = ["--device", "cpu", "--layers", "2", "--prompt-tokens", "8", "--tokens", "4"]
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("transformers_generate", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses looks its types up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "transformers_generate.py")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

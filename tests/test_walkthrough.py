@@ -3,25 +3,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[1] / "examples" / "walkthrough.py"
+from scripts import EXAMPLES, load_script
+
 SMALL = ["--queries", "7", "--keys", "11", "--head-dim", "8", "--value-dim", "5"]
 
 
 @pytest.fixture(scope="module")
 def walkthrough() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("walkthrough", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "walkthrough.py")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +63,17 @@ def test_a_difference_cannot_hide(walkthrough: ModuleType):
     assert walkthrough.largest_difference(a, torch.tensor([0.0, 1.0, 2.0])) == torch.inf
     nan = walkthrough.largest_difference(a, torch.tensor([torch.nan, -torch.inf, 2.0]))
     assert nan != nan
+
+
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, missing: str):
+    for name in list(sys.modules):
+        if name.split(".")[0] == missing:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    sentence = rf"{missing}.* is not installed; install it with: pip install '\.\[bench\]'"
+    with pytest.raises(SystemExit, match=sentence):
+        load_script(EXAMPLES / "walkthrough.py")
 
 
 def test_sizes_below_one_are_refused(walkthrough: ModuleType, capsys: pytest.CaptureFixture[str]):

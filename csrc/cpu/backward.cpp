@@ -7,8 +7,7 @@
 // waits when it can keep no more. It waits only for tasks that were begun before its own, so that
 // any number of threads gets to the end.
 //
-// Workspace: for each query row its softmax and delta (three numbers), a byte, and for the narrow
-// types D floats; four bytes for each set of rows.
+// Workspace: three numbers and a byte a row, D floats for narrow types, four bytes a set of rows.
 #include "cpu/backward.h"
 
 #include <algorithm>
@@ -27,6 +26,8 @@ namespace {
 GradientKernel gradient_kernel(DType dtype) {
 #if defined(__x86_64__)
   switch (chosen_instruction_set()) {
+    case InstructionSet::amx_bf16:
+      return amx_bf16::gradient_kernel(dtype);
     case InstructionSet::avx512_bf16:
       return avx512_bf16::gradient_kernel(dtype);
     case InstructionSet::avx512:
@@ -107,11 +108,13 @@ class Backward {
     for (int64_t set = 0; set < sets(); ++set) new (workspace_.tiles_added + set) Counter(0);
   }
 
-  int64_t sets() const { return args_.shape.B * args_.shape.H_kv * tiling_.sets(); }
-  int64_t tasks() const { return args_.shape.B * args_.shape.H_kv * tiling_.key_tiles; }
+  int64_t kv_heads() const { return args_.shape.B * args_.shape.H_kv; }
+  int64_t sets() const { return kv_heads() * tiling_.sets(); }
+  int64_t tasks() const { return kv_heads() * tiling_.key_tiles; }
 
   void prepare(int64_t begin, int64_t end) noexcept {
     std::byte* memory = scratch();
+    const InThreadState state(kernel_.thread);
     for (int64_t set = begin; set < end && memory != nullptr; ++set) prepare(set, memory);
   }
 
@@ -241,10 +244,10 @@ class Backward::DqParts {
 void Backward::work() noexcept {
   std::byte* memory = scratch();
   if (memory == nullptr) return;
+  const InThreadState state(kernel_.thread);
   DqParts parts(*this, memory);
-  const int64_t kv_heads = args_.shape.B * args_.shape.H_kv;
   for (int64_t task; (task = next_task_++) < tasks();) {
-    run(task % kv_heads, task / kv_heads, parts, memory);
+    run(task % kv_heads(), task / kv_heads(), parts, memory);
   }
   parts.add_all();
 }
@@ -261,9 +264,9 @@ void Backward::prepare(int64_t set, std::byte* scratch) const {
     }
   }
   if (args_.dq.data == nullptr || key_tiles.size() > 0) return;
-  const auto bytes = static_cast<std::size_t>(s.D * element_bytes(args_.dtype));
   for (int row = 0; row < rows.rows; ++row) {
-    std::fill_n(static_cast<std::byte*>(rows.dq[row]), bytes, std::byte{0});
+    std::fill_n(static_cast<std::byte*>(rows.dq[row]), s.D * element_bytes(args_.dtype),
+                std::byte{0});
   }
 }
 
@@ -271,12 +274,23 @@ void Backward::run(int64_t kv_head, int64_t key_tile_index, DqParts& parts,
                    std::byte* scratch) const {
   const KeyTile keys = key_tile(kv_head, key_tile_index);
   kernel_.start(keys, scratch);
-  for (int64_t i = 0; i < tiling_.sets(); ++i) {
-    const KvRange key_tiles = key_tiles_of(i % tiling_.q_tiles);
-    if (key_tile_index < key_tiles.begin || key_tile_index >= key_tiles.end) continue;
-    const int64_t set = kv_head * tiling_.sets() + i;
-    kernel_.add(keys, query_rows(set), parts.free_slot(), scratch);
+  const int64_t end = (kv_head + 1) * tiling_.sets();
+  const auto first_that_sees = [&](int64_t set) {
+    for (; set < end; ++set) {
+      const KvRange seen = key_tiles_of(set % tiling_.q_tiles);
+      if (seen.begin <= key_tile_index && key_tile_index < seen.end) break;
+    }
+    return set;
+  };
+  QueryRows rows[2];  // of this set and the next, in turn
+  int64_t set = first_that_sees(kv_head * tiling_.sets());
+  if (set < end) rows[0] = query_rows(set);
+  for (int now = 0; set < end; now = 1 - now) {
+    const int64_t next = first_that_sees(set + 1);
+    if (next < end) rows[1 - now] = query_rows(next);
+    kernel_.add(keys, rows[now], next < end ? &rows[1 - now] : nullptr, parts.free_slot(), scratch);
     if (keys.wants_dq) parts.keep(keys, key_tile_index, set);
+    set = next;
   }
   kernel_.finish(keys, scratch);
 }

@@ -29,11 +29,16 @@ class TileBackward : TileScores<Isa, Element> {
     backward.zero_sums();
   }
 
-  static void add(const KeyTile& tile, const QueryRows& rows, int slot, std::byte* scratch) {
+  static void add(const KeyTile& tile, const QueryRows& rows, const QueryRows* next, int slot,
+                  std::byte* scratch) {
     TileBackward backward(tile, scratch);
     backward.take_rows(rows);
+    SetAhead<Isa, Element> ahead(tile, rows, next, kPanelKeys, kBlockRows);
     for (int panel = 0; panel < backward.keys_; panel += kPanelKeys) {
-      backward.for_each_block([&]<int kRows>(Block<kRows> block) { backward.weigh(block, panel); });
+      backward.for_each_block([&]<int kRows>(Block<kRows> block) {
+        ahead.fetch_some();
+        backward.weigh(block, panel);
+      });
     }
     if (tile.dv != nullptr) backward.add_dv();
     if (tile.dk != nullptr) backward.add_dk();
@@ -176,7 +181,7 @@ class TileBackward : TileScores<Isa, Element> {
     if (!overlap(seen(block).by_some, cell) || hidden_by_bias(block, cell)) {
       return hide(block, panel);
     }
-    Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
+    alignas(64) Real scores[kRows * kPanelKeys], dp[kRows * kPanelKeys];
     multiply_scores(block, scores, panel);
     if (tile_.wants_ds) {  // (E27)
       multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPanelKeys, kPartOfDp>(
@@ -312,7 +317,8 @@ class TileBackward : TileScores<Isa, Element> {
       if (!overlap(seen_[row / kBlockRows].by_some, {key, key + kBlockRows})) continue;
       rows = {smaller(rows.begin, row), smaller(row + kBlockRows, rows_->rows)};
     }
-    return {rows.begin / kDepth, static_cast<int32_t>(steps_of<Operand>(rows.end))};
+    return {first_step_with<Operand>(rows.begin),
+            static_cast<int32_t>(steps_of<Operand>(rows.end))};
   }
 
   // (E30) dq = dS k, to be scaled at the end
@@ -321,7 +327,7 @@ class TileBackward : TileScores<Isa, Element> {
       constexpr int kVecs = decltype(vecs)::value;
       for_each_block([&]<int kRows>(Block<kRows> block) {
         const KvRange keys = seen(block).by_some;
-        const int32_t begin = keys.begin < keys.end ? keys.begin / kDepth : 0;
+        const int32_t begin = keys.begin < keys.end ? first_step_with<Operand>(keys.begin) : 0;
         multiply_panel<Operand, kRows, kVecs, kRowStride, 1, false>(
             dq_row(slot, block.row_begin) + d, memory_.D_stride,
             memory_.ds_by_key + block.row_begin * kRowStride + begin,

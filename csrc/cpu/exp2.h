@@ -93,9 +93,10 @@ typename Simd::Vec exp2_by_table(typename Simd::Vec x) {
   Vec poly = Simd::splat(Table::kP[kDegree]);
 #pragma GCC unroll 16
   for (int i = kDegree - 1; i >= 0; --i) poly = poly * f + Simd::splat(Table::kP[i]);
+  using Words = typename Simd::Words;  // unsigned: where x is out of range, they wrap around
   const auto bits = (typename Simd::Bits)shifted;
   const auto powers = (typename Simd::Bits)Simd::load_bits(Table::kPowers);
-  const Vec power = (Vec)(Simd::look_up(powers, bits) + (bits << Table::kShift));
+  const Vec power = (Vec)((Words)Simd::look_up(powers, bits) + ((Words)bits << Table::kShift));
   // NaN is in f, and stays NaN whatever it looks up.
   const Vec result = power * (poly * f) + power;
   return x < Simd::splat(-126) ? Vec{} : result;

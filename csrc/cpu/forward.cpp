@@ -31,6 +31,8 @@ namespace {
 TileKernel tile_kernel(DType dtype) {
 #if defined(__x86_64__)
   switch (chosen_instruction_set()) {
+    case InstructionSet::amx_bf16:
+      return amx_bf16::tile_kernel(dtype);
     case InstructionSet::avx512_bf16:
       return avx512_bf16::tile_kernel(dtype);
     case InstructionSet::avx512:
@@ -135,6 +137,7 @@ class Forward {
       out_of_memory_ = true;
       return;
     }
+    const InThreadState state(kernel_.thread);
     for (int64_t task; (task = next_task_++) < tasks();) {
       const int64_t index = task / tiling_.split.count;
       const QueryTile tile = query_tile(index, task % tiling_.split.count);

@@ -68,6 +68,8 @@ class TileForward {
   static constexpr bool kNarrow = sizeof(Element) < sizeof(Real);
   static constexpr int kPartOfTile = kNarrow || !kInPlace ? kWeightStride : 32;
   static constexpr int kPart = kPartOfScores<Isa, Element>;
+  // Where products take steps of values together, all of these have scores.
+  static constexpr bool kHalfPanels = Operand::kStepsTogether == 1;
 
   template <int kRows>
   using Block = RowBlock<kRows>;
@@ -85,7 +87,7 @@ class TileForward {
 
   template <class Visit>
   void for_each_block(Visit visit) const {
-    for_each_row_block<kBlockRows, 1>(tile_.rows, visit);
+    for_each_row_block<kBlockRows, Operand::kFewestRows>(tile_.rows, visit);
   }
 
   template <int kRows>
@@ -150,7 +152,7 @@ class TileForward {
 
   // Counted from the tile's first key.
   static KvRange steps_that_hold(KvRange wanted, KvRange keys) {
-    return {(wanted.begin - keys.begin) / Operand::kDepth,
+    return {first_step_with<Operand>(wanted.begin - keys.begin),
             static_cast<int32_t>(steps_of<Operand>(wanted.end - keys.begin))};
   }
   static KvRange keys_of(KvRange steps, KvRange keys) {
@@ -165,8 +167,8 @@ class TileForward {
     if (seen.by_some.begin >= seen.by_some.end ||
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
-    Real scores[kRows * kTileKeys];
-    Real alpha[kWholeVectors<Lanes, kRows>];
+    alignas(64) Real scores[kRows * kTileKeys];
+    alignas(64) Real alpha[kWholeVectors<Lanes, kRows>];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
     if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
       hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);
@@ -237,7 +239,7 @@ class TileForward {
     for (; key < count; key += kPanelKeys) {
       ahead_.fetch_keys(kRows * kPanelKeys);
       const Number* panel = k_ + key * D_steps_;
-      if (count - key <= kLanes) {
+      if (kHalfPanels && count - key <= kLanes) {
         multiply_queries_keys<Operand, kRows, 1, kPanelKeys, kTileKeys, kPart>(
             scores + key, q, panel, D_steps_, sign);
         return {begin, key + kLanes};

@@ -25,7 +25,7 @@ void for_each_panel(int64_t D, Visit visit) {
 template <class Operand, int kMaxVecs, int kSteps, class Row>
 void pack_panels(typename Operand::Number* to, int64_t D, int rows, Row row) {
   constexpr int kLanes = Operand::Lanes::kLanes;
-  for (int step = 0; step * Operand::kDepth < rows; ++step) {
+  for (int step = 0; step < steps_of<Operand>(rows); ++step) {
     const typename Operand::Element* from[Operand::kDepth];
     for (int i = 0; i < Operand::kDepth; ++i) {
       const int index = step * Operand::kDepth + i;
@@ -44,6 +44,7 @@ void pack_panels(typename Operand::Number* to, int64_t D, int rows, Row row) {
 // out[row] = sum over steps of a[row][step] * b[step], or that added to out[row] if kAdd; for kVecs
 // vectors of every row. a has the strides given; b is a panel as packed above.
 template <class Operand, int kRows, int kVecs, int kRowStride, int kStepStride, bool kAdd>
+  requires TakesSingleSteps<Operand>
 void multiply_panel(typename Operand::Real* out, int64_t out_stride,
                     const typename Operand::Number* a, const typename Operand::Number* b,
                     int64_t steps) {

@@ -66,11 +66,14 @@ struct GradientKernel {
   bool (*prepare)(const KeyTile&, const QueryRows&);
   void (*measure)(const KeyTile&, const QueryRows&, std::byte* scratch);
   void (*start)(const KeyTile&, std::byte* scratch);
-  // The rows' part of dk and dv, and the keys' part of dq, which is kept in a slot.
-  void (*add)(const KeyTile&, const QueryRows&, int slot, std::byte* scratch);
+  // The rows' part of dk and dv, and the keys' part of dq, which is kept in a slot. `next`, if not
+  // null, are the rows that come next: they are asked of memory.
+  void (*add)(const KeyTile&, const QueryRows&, const QueryRows* next, int slot,
+              std::byte* scratch);
   // Adds that part of dq to the sum over key tiles, which the last of these turns into dq.
   void (*add_dq)(const KeyTile&, const QueryRows&, int slot, Turn, std::byte* scratch);
   void (*finish)(const KeyTile&, std::byte* scratch);
+  ThreadState thread = {};
 };
 
 namespace baseline {
@@ -83,6 +86,9 @@ namespace avx512 {
 GradientKernel gradient_kernel(DType dtype);
 }
 namespace avx512_bf16 {
+GradientKernel gradient_kernel(DType dtype);
+}
+namespace amx_bf16 {
 GradientKernel gradient_kernel(DType dtype);
 }
 

@@ -4,10 +4,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include "cpu/amx_tiles.h"
+#endif
+
 namespace online_attention::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
 InstructionSet widest() {
 #if defined(__x86_64__)
@@ -17,7 +21,9 @@ InstructionSet widest() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512_bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return amx_bf16::tiles_granted() ? InstructionSet::amx_bf16 : InstructionSet::avx512_bf16;
+  }
   if (avx512) return InstructionSet::avx512;
   if (avx2) return InstructionSet::avx2;
 #endif

@@ -45,6 +45,8 @@ struct Pairs {
   using Vec = Lanes::Vec;
   typedef int16_t Shorts __attribute__((vector_size(64)));
   static constexpr int kDepth = 2;
+  static constexpr int kStepsTogether = 1, kFewestRows = 1;
+  static constexpr bool kMultipliesInPlace = true;
 
   static Vec load_steps(const Bf16* row) { return Lanes::load_bits(row); }
   // A bf16 is the upper half of the float it widens to.

@@ -8,9 +8,22 @@
 
 namespace online_attention::cpu {
 
+// Of others a file of their own has the products.
+template <class Operand>
+concept TakesSingleSteps = Operand::kStepsTogether == 1;
+
+// As many as are taken together: there are zeros behind the last that holds an element.
 template <class Operand>
 constexpr int64_t steps_of(int64_t elements) {
-  return (elements + Operand::kDepth - 1) / Operand::kDepth;
+  constexpr int64_t kElements = Operand::kDepth * Operand::kStepsTogether;
+  return (elements + kElements - 1) / kElements * Operand::kStepsTogether;
+}
+
+// The first of the steps that are taken together with the one that holds `element`.
+template <class Operand>
+constexpr int32_t first_step_with(int32_t element) {
+  constexpr int32_t kElements = Operand::kDepth * Operand::kStepsTogether;
+  return element / kElements * Operand::kStepsTogether;
 }
 
 // The scores are summed in parts of so many steps. Shared by the passes: the backward pass must
@@ -123,6 +136,7 @@ bool all_finite(const Element* row, int64_t D) {
 // k [steps][kColumns] as packed above; scores has rows of kStride numbers. Each is summed in parts
 // of kPart steps, to keep rounding errors small.
 template <class Operand, int kRows, int kVecs, int kColumns, int kStride, int kPart>
+  requires TakesSingleSteps<Operand>
 void multiply_queries_keys(typename Operand::Real* scores, const typename Operand::Number* q,
                            const typename Operand::Number* k, int64_t steps,
                            typename Operand::Real sign) {
@@ -193,6 +207,7 @@ template <class Operand, int kStride, int kRows, int kVecs>
 // tiles, not of keys; and in parts of kPart steps unless that is kStride. Parts begin at multiples
 // of kPart, whatever `steps`: hidden keys before and behind those of a row do not move its sums.
 template <class Operand, int kRows, int kVecs, int kStride, int kPart>
+  requires TakesSingleSteps<Operand>
 void add_some_values(typename Operand::Real* out, int64_t out_stride,
                      const typename Operand::Real* alpha, const typename Operand::Weight* p,
                      const typename Operand::Number* v, int64_t v_stride, KvRange steps) {

@@ -21,6 +21,8 @@ struct Widened {
   using Sums = Simd<Isa, Real>;     // of sums, as many lanes
   using Vec = typename Lanes::Vec;
   static constexpr int kDepth = 1;
+  static constexpr int kStepsTogether = 1, kFewestRows = 1;  // of a product
+  static constexpr bool kMultipliesInPlace = true;           // or the rows are another kernel's
 
   // kLanes steps along one row.
   static Vec load_steps(const Element* row) { return Lanes::load(row); }

@@ -71,10 +71,17 @@ struct QueryTile {
   uint32_t head[kMaxRows], q_idx[kMaxRows];  // of the rows; a head of the B * H
 };
 
+// What a thread has to do before it first calls some kernel, and after it last did.
+struct ThreadState {
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
+};
+
 struct TileKernel {
   int64_t (*scratch_bytes)(int64_t D, int64_t D_v);
   void (*attend)(const QueryTile& tile, std::byte* scratch);  // scratch: 64-byte aligned
   void (*join)(const RowParts& parts);
+  ThreadState thread = {};
 };
 
 namespace baseline {
@@ -87,6 +94,9 @@ namespace avx512 {
 TileKernel tile_kernel(DType dtype);
 }
 namespace avx512_bf16 {
+TileKernel tile_kernel(DType dtype);
+}
+namespace amx_bf16 {
 TileKernel tile_kernel(DType dtype);
 }
 

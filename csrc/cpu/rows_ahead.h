@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/query_tile.h"
+#include "cpu/gradient_tile.h"
 
 namespace online_attention::cpu {
 
@@ -59,6 +59,44 @@ class TileAhead {
   RowsAhead<Element> keys_, values_;
   int pairs_a_key_ = 1, values_a_row_ = 0;
   int32_t next_key_ = 0, next_value_ = 0;
+};
+
+// While the rows of one set work in cells, what is needed of memory next comes nearer, a few rows
+// at a time: their own sums of dq, and q and dout of the next set.
+template <class Isa, class Element>
+class SetAhead {
+ public:
+  SetAhead(const KeyTile& tile, const QueryRows& rows, const QueryRows* next, int cell_keys,
+           int cell_rows)
+      : tile_(tile), rows_(rows), next_(next) {
+    const int panels = (tile.keys.end - tile.keys.begin + cell_keys - 1) / cell_keys;
+    rows_a_cell_ = (cell_rows + panels - 1) / panels;
+  }
+
+  // Before one cell.
+  void fetch_some() {
+    for (int end = row_ + rows_a_cell_; row_ < end; ++row_) {
+      if (tile_.wants_dq && row_ < rows_.rows) fetch(rows_.dq_sum[row_], tile_.D * kRealBytes);
+      if (next_ == nullptr || row_ >= next_->rows) continue;
+      fetch(next_->q[row_], tile_.D * kElementBytes);
+      fetch(next_->dout[row_], tile_.D_v * kElementBytes);
+    }
+  }
+
+ private:
+  static constexpr int64_t kElementBytes = sizeof(Element), kRealBytes = sizeof(RealOf<Element>);
+
+  static void fetch(const void* row, int64_t bytes) {
+    constexpr int kLine = 64, kIntoL2 = 2;
+    for (int64_t i = 0; i < bytes; i += kLine) {
+      __builtin_prefetch(static_cast<const char*>(row) + i, 0, kIntoL2);
+    }
+  }
+
+  const KeyTile& tile_;
+  const QueryRows& rows_;
+  const QueryRows* const next_;
+  int rows_a_cell_ = 0, row_ = 0;
 };
 
 }  // namespace online_attention::cpu

@@ -5,7 +5,25 @@
 #include <memory>
 #include <new>
 
+#include "cpu/query_tile.h"
+
 namespace online_attention::cpu {
+
+// While it lives, the calling thread may call the kernel that `state` is of.
+class InThreadState {
+ public:
+  explicit InThreadState(const ThreadState& state) : leave_(state.leave) {
+    if (state.enter != nullptr) state.enter();
+  }
+  ~InThreadState() {
+    if (leave_ != nullptr) leave_();
+  }
+  InThreadState(const InThreadState&) = delete;
+  InThreadState& operator=(const InThreadState&) = delete;
+
+ private:
+  void (*const leave_)();
+};
 
 // One thread's working memory, kept between calls because fresh pages cost more than a short call.
 class Scratch {

@@ -46,8 +46,10 @@ class TileScores {
 
   template <class Visit>
   void for_each_block(Visit visit) const {
-    // Few rows are rare here: they do not pay for code of their own.
-    for_each_row_block<kBlockRows, kBlockRows / 2>(rows_->rows, visit);
+    // Few rows are rare here: they do not pay for code of their own. A block fills the steps that
+    // are taken together.
+    constexpr int kTogether = kDepth * Operand::kStepsTogether;
+    for_each_row_block<kBlockRows, larger(kBlockRows / 2, kTogether)>(rows_->rows, visit);
   }
 
   void pack_keys() {
@@ -94,16 +96,16 @@ class TileScores {
   template <int kRows>
   void multiply_scores(Block<kRows> block, Real* scores, int panel) const {
     const auto sign = static_cast<Real>(tile_.sign);
-    if (tile_.in_place) {
-      const auto row = [&](int i) { return key_row(panel + i); };
-      dot_queries_keys<Isa, Operand, kRows, kPanelKeys>(
-          scores, memory_.q + block.row_begin * q_stride(), q_stride(), tile_.D,
-          smaller(keys_ - panel, kPanelKeys), row, sign);
-    } else {
-      multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPanelKeys, kPart>(
-          scores, memory_.q + block.row_begin * q_stride(), memory_.k + panel * memory_.D_steps,
-          memory_.D_steps, sign);
+    const Number* q = memory_.q + block.row_begin * q_stride();
+    if constexpr (Operand::kMultipliesInPlace) {
+      if (tile_.in_place) {
+        const auto row = [&](int i) { return key_row(panel + i); };
+        return dot_queries_keys<Isa, Operand, kRows, kPanelKeys>(
+            scores, q, q_stride(), tile_.D, smaller(keys_ - panel, kPanelKeys), row, sign);
+      }
     }
+    multiply_queries_keys<Operand, kRows, kBlockVecs, kPanelKeys, kPanelKeys, kPart>(
+        scores, q, memory_.k + panel * memory_.D_steps, memory_.D_steps, sign);
   }
 
   // The bias enters the scores of one row and panel; those of hidden pairs become -inf.
@@ -137,7 +139,7 @@ class TileScores {
     return outer.begin <= inner.begin && inner.end <= outer.end;
   }
   static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-  static int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+  static constexpr int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
   const KeyTile& tile_;
   const int32_t keys_;

@@ -67,7 +67,7 @@ void weigh_rows(Rows& softmax, int row, Real* scores, Real* alpha, KvRange keys,
   using Lanes = typename Operand::Sums;
   using Vec = typename Lanes::Vec;
   Vec rows[kRows];
-  Real top[kWholeVectors<Lanes, kRows>], base[kWholeVectors<Lanes, kRows>];
+  alignas(64) Real top[kWholeVectors<Lanes, kRows>], base[kWholeVectors<Lanes, kRows>];
   for (int i = 0; i < kRows; ++i) {
     rows[i] = largest<Lanes>(scores + i * kStride + keys.begin, keys.size());
   }

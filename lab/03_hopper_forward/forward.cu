@@ -11,20 +11,13 @@
 #include <string>
 #include <vector>
 
+#include "../common.cuh"
 #include "cuda/hopper/forward_launch.cuh"
 
 using namespace online_attention;
+using namespace online_attention::lab;
 using namespace online_attention::cuda;
 using namespace online_attention::cuda::hopper;
-
-#define CHECK(call)                                                             \
-  do {                                                                          \
-    const cudaError_t error = (call);                                           \
-    if (error != cudaSuccess) {                                                 \
-      std::printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-      std::exit(1);                                                             \
-    }                                                                           \
-  } while (0)
 
 struct Variant {
   const char* name;
@@ -41,35 +34,36 @@ void* workspace() {
   return memory;
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS>
+template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
 __global__ void __launch_bounds__(128 * (G + 1), 1)
     lab_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
   forward_block<Element, config>(call, smem);
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS>
+template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
 Status run(const ForwardArgs& args, int grid) {
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
+  const ForwardPlan plan = plan_forward(args, config, 132);
   ForwardCall call;
-  const Status status = describe_call(args, config, 132, call);
+  const Status status = describe_call(args, config, plan, call);
   if (status != kOk) return status;
-  place_workspace(workspace(), call);
+  place_workspace(workspace(), plan, call);
   if (call.taken) CHECK(cudaMemsetAsync(call.taken, 0, 4));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(grid, call.plan.tiles()));
-  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS>, blocks, config.threads(),
-                                 config.smem_bytes(), nullptr, call);
+  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS, T>, blocks,
+                                 config.threads(), config.smem_bytes(), nullptr, call);
   if (launched != kOk || call.plan.splits == 1) return launched;
   return combine(args, call.plan, call.partial, nullptr);
 }
 
-#define VARIANT(causal, D, DV, N, G, S, QS)     \
-  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS, \
-   {D, DV, N, G, S, QS},                        \
-   causal,                                      \
-   run<__nv_bfloat16, D, DV, N, G, S, QS>,      \
-   F16(D, DV, N, G, S, QS)}
+#define VARIANT(causal, D, DV, N, G, S, QS, T)               \
+  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS " turns " #T, \
+   {D, DV, N, G, S, QS, T},                                  \
+   causal,                                                   \
+   run<__nv_bfloat16, D, DV, N, G, S, QS, T>,                \
+   F16(D, DV, N, G, S, QS, T)}
 #ifdef WITH_F16
 #define F16(...) run<__half, __VA_ARGS__>
 #else
@@ -82,44 +76,9 @@ const Variant kVariants[] = {
 
 template <typename Element>
 __global__ void reference_kernel(ForwardArgs a, float* out, float* lse) {
-  const int64_t row = blockIdx.x;
-  const int q_idx = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
-            b = row / a.shape.S_q / a.shape.H;
-  const int h_kv = h / a.shape.group();
-  const KvRange keys = a.mask.kv_range(q_idx, q_idx + 1);
-  extern __shared__ float scores[];
-  const Element* q = a.q.row<const Element>(b, h, q_idx);
-  const float scale = float(a.scale.sign * a.scale.log2);
-  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
-    const Element* k = a.k.row<const Element>(b, h_kv, j);
-    float s = 0;
-    for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
-    scores[j] = s * scale;
-  }
-  __syncthreads();
-  float m = -INFINITY, l = 0;
-  for (int j = keys.begin; j < keys.end; ++j) m = fmaxf(m, scores[j]);
-  for (int j = keys.begin; j < keys.end; ++j) l += exp2f(scores[j] - m);
-  for (int d = threadIdx.x; d < a.shape.D_v; d += blockDim.x) {
-    float o = 0;
-    for (int j = keys.begin; j < keys.end; ++j)
-      o += exp2f(scores[j] - m) * float(a.v.row<const Element>(b, h_kv, j)[d]);
-    out[row * a.shape.D_v + d] = keys.size() ? o / l : 0;
-  }
-  if (threadIdx.x == 0) lse[row] = keys.size() ? float((m + log2f(l)) * kLn2) : -INFINITY;
-}
-
-template <typename Element>
-__global__ void fill_kernel(Element* x, int64_t size, uint32_t seed, float scale) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    const float u = ((z >> 40) + 1) * 0x1p-24f, w = (z & 0xffffff) * 0x1p-24f;
-    x[i] = Element(scale * sqrtf(-2 * logf(u)) * cospif(2 * w));
-  }
+  attend_by_definition<Element>(a, lse, [&](int, int, int, int d, float value) {
+    out[blockIdx.x * int64_t{a.shape.D_v} + d] = value;
+  });
 }
 
 struct Case {
@@ -170,11 +129,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   const int64_t out_size = c.B * Sq * c.H * Dv, rows = int64_t{c.B} * c.H * c.S_q;
   a.out = {alloc(out_size * 2), Sq * c.H * Dv, Dv, c.H * Dv};
   a.lse = alloc(rows * 4 + 64);
-  a.mask = c.mask == 0   ? Mask::full(c.S_kv)
-           : c.mask == 1 ? Mask::causal(c.S_q, c.S_kv, Alignment::top_left)
-           : c.mask == 2 ? Mask::causal(c.S_q, c.S_kv, Alignment::bottom_right)
-                         : Mask::window(c.S_q, c.S_kv, Alignment::bottom_right, 37 + seed % 200,
-                                        seed % 3 ? int(seed % 50) : 0);
+  a.mask = mask_of(c.mask, c.S_q, c.S_kv, seed);
   a.scale = ScoreScale::from(c.scale, a.dtype);
   if (c.poison) {
     std::mt19937 rng(seed);
@@ -201,11 +156,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   for (int repeat = 0; repeat < 3; ++repeat) {
     CHECK(cudaMemset(a.out.data, 0xff, out_size * 2));
     CHECK(cudaMemset(a.lse, 0xff, rows * 4 + 64));
-    const Status status = kernel(a, repeat == 1 ? 132 : c.grid);
-    if (status != kOk) {
-      std::printf("launch: %s\n", status);
-      std::exit(1);
-    }
+    RUN(kernel(a, repeat == 1 ? 132 : c.grid));
     if (repeat == 1)
       for (int again = 0; again < 3; ++again) kernel(a, 132);  // back to back
     CHECK(cudaDeviceSynchronize());
@@ -323,11 +274,7 @@ double time_us(const Variant& variant, const ForwardArgs& a, void* flush, size_t
   for (int i = 0; i < repeats + 3; ++i) {
     CHECK(cudaMemsetAsync(flush, i, flush_bytes));
     CHECK(cudaEventRecord(begin));
-    const Status status = variant.bf16(a, 132);
-    if (status != kOk) {
-      std::printf("launch: %s\n", status);
-      std::exit(1);
-    }
+    RUN(variant.bf16(a, 132));
     CHECK(cudaEventRecord(end));
     CHECK(cudaEventSynchronize(end));
     float ms;
@@ -350,6 +297,24 @@ int bench(const char* only) {
   }
   float* lse;
   CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
+  if (only != nullptr && std::strncmp(only, "one", 3) == 0) {  // one:variant:S:causal
+    int v, S, causal;
+    std::sscanf(only, "one:%d:%d:%d", &v, &S, &causal);
+    const Variant& variant = kVariants[v];
+    const int D = variant.config.head_dim;
+    const int64_t B = 16384 / S, H = 2048 / D;
+    ForwardArgs a;
+    a.dtype = DType::bf16;
+    a.shape = {B, H, H, S, S, D, D};
+    for (auto [view, p] : {std::pair{&a.q, 0}, {&a.k, 1}, {&a.v, 2}, {&a.out, 3}})
+      *view = {tensors[p], S * H * D, D, H * D};
+    a.lse = lse;
+    a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
+    a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
+    for (int i = 0; i < 2; ++i) variant.bf16(a, 132);
+    CHECK(cudaDeviceSynchronize());
+    return 0;
+  }
   const int lengths[] = {512, 1024, 2048, 4096, 8192, 16384};
   constexpr int kRounds = 5;
   constexpr int kCount = sizeof kVariants / sizeof kVariants[0];
@@ -363,7 +328,7 @@ int bench(const char* only) {
           const Variant& variant = kVariants[v];
           if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
           const int D = variant.config.head_dim;
-          if (variant.config.value_dim != D || 2048 % D != 0) continue;
+          if (variant.config.value_dim != D) continue;
           if (variant.causal != 2 && variant.causal != causal) continue;
           const int64_t B = 16384 / S, H = 2048 / D;
           ForwardArgs a;

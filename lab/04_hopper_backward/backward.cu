@@ -3,7 +3,7 @@
 //   nvcc -std=c++20 -O3 -Icsrc -gencode arch=compute_90a,code=sm_90a -cudart static \
 //     -DVARIANTS='"variants.inc"' lab/04_hopper_backward/backward.cu \
 //     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/backward_rows.cu csrc/cuda/backward_plan.cpp
-// Run: ./a.out check [cases]; ./a.out bench [part of a variant's name]
+// Run: ./a.out check [cases]; ./a.out soak; ./a.out bench [part of a variant's name]
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,29 +11,14 @@
 #include <string>
 #include <vector>
 
+#include "../common.cuh"
 #include "cuda/hopper/backward_launch.cuh"
 #include "cuda/hopper/backward_rows.h"
 
 using namespace online_attention;
+using namespace online_attention::lab;
 using namespace online_attention::cuda;
 using namespace online_attention::cuda::hopper;
-
-#define CHECK(call)                                                             \
-  do {                                                                          \
-    const cudaError_t error = (call);                                           \
-    if (error != cudaSuccess) {                                                 \
-      std::printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-      std::exit(1);                                                             \
-    }                                                                           \
-  } while (0)
-#define RUN(call)                           \
-  do {                                      \
-    const Status status_ = (call);          \
-    if (status_ != kOk) {                   \
-      std::printf("launch: %s\n", status_); \
-      std::exit(1);                         \
-    }                                       \
-  } while (0)
 
 using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const BackwardBuffers&);
 struct Variant {
@@ -44,6 +29,8 @@ struct Variant {
 };
 
 int grid_limit = 132;
+bool any_order = false;  // even where the library would add in order
+cudaStream_t stream = nullptr;
 __device__ uint64_t measured[4];  // clocks and nanoseconds of a block, begin and end
 __device__ uint64_t global_ns() {
   uint64_t ns;
@@ -68,7 +55,7 @@ Status run(const BackwardArgs& args, const BackwardPlan& plan, const BackwardBuf
   const Status status = describe_call(args, plan, config, buffers, call);
   if (status != kOk) return status;
   return launch(lab_kernel<Element, D, M, MA, SP, EV>, std::min<int64_t>(plan.blocks(), grid_limit),
-                BackwardConfig::kThreads, config.smem_bytes(), nullptr, call);
+                BackwardConfig::kThreads, config.smem_bytes(), stream, call);
 }
 
 #ifdef WITH_F16
@@ -91,53 +78,36 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, voi
                         size_t bytes) {
   Workspace w;
   w.plan = plan_blocks(a, config, 132);
-  if (const char* rounds = std::getenv("LAB_ROUNDS"); rounds != nullptr && a.mask.is_banded()) {
-    const int n = std::atoi(rounds);
-    w.plan.section_heads =
-        n == 0 ? plan_backward(a, config.tile_m, BackwardConfig::kTileN, 132).section_heads
-               : std::min<uint32_t>(w.plan.heads, ceil_div<uint32_t>(132 * n, w.plan.kv_tiles));
-  }
   const size_t rows = w.plan.dq_tiles() * config.tile_m;
   const size_t sums = w.plan.dq_tiles() * config.dq_floats();
+  const size_t counters = counter_place(w.plan.dq_tiles(), 0);
   w.buffers.dq_sums = static_cast<float*>(memory);
   w.buffers.lse2 = w.buffers.dq_sums + sums;
   w.buffers.delta = w.buffers.lse2 + rows;
-  if (a.mask.is_banded()) w.buffers.taken = reinterpret_cast<uint32_t*>(w.buffers.delta + rows);
-  if ((sums + 2 * rows + 1) * 4 > bytes) {
+  auto* added = reinterpret_cast<int32_t*>(w.buffers.delta + rows);
+  const bool ordered = adds_in_order(a, w.plan) && !any_order;
+  if (ordered) w.buffers.added = added;
+  w.buffers.finished_by_last = ordered && is_finished_by_last(a, w.plan);
+  if (a.mask.is_banded() || ordered) {
+    w.buffers.taken = reinterpret_cast<uint32_t*>(added + counters);
+  }
+  if ((sums + 2 * rows + counters + 1) * 4 > bytes) {
     std::printf("workspace too small\n");
     std::exit(1);
   }
   return w;
 }
+#define RUN_ALL(a, w, variant, kernel)                                   \
+  RUN(prepare_rows(a, (w).plan, (variant).config, (w).buffers, stream)); \
+  RUN((kernel)(a, (w).plan, (w).buffers));                               \
+  if (!(w).buffers.finished_by_last)                                     \
+  RUN(finish_dq(a, (w).plan, (variant).config, (w).buffers, stream))
 
 template <typename Element>
 __global__ void forward_reference(BackwardArgs a, float* lse) {
-  const int64_t row = blockIdx.x;
-  const int q_idx = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
-            b = row / a.shape.S_q / a.shape.H;
-  const int h_kv = h / a.shape.group();
-  const KvRange keys = a.mask.kv_range(q_idx, q_idx + 1);
-  extern __shared__ float scores[];
-  const Element* q = a.q.row<const Element>(b, h, q_idx);
-  const float scale = float(a.scale.sign * a.scale.log2);
-  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
-    const Element* k = a.k.row<const Element>(b, h_kv, j);
-    float s = 0;
-    for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
-    scores[j] = s * scale;
-  }
-  __syncthreads();
-  float m = -INFINITY, l = 0;
-  for (int j = keys.begin; j < keys.end; ++j) m = fmaxf(m, scores[j]);
-  for (int j = keys.begin; j < keys.end; ++j) l += exp2f(scores[j] - m);
-  Element* out = a.out.row<Element>(b, h, q_idx);
-  for (int d = threadIdx.x; d < a.shape.D_v; d += blockDim.x) {
-    float o = 0;
-    for (int j = keys.begin; j < keys.end; ++j)
-      o += exp2f(scores[j] - m) * float(a.v.row<const Element>(b, h_kv, j)[d]);
-    out[d] = Element(keys.size() ? o / l : 0);
-  }
-  if (threadIdx.x == 0) lse[row] = keys.size() ? float((m + log2f(l)) * kLn2) : -INFINITY;
+  attend_by_definition<Element>(a, lse, [&](int b, int h, int q_idx, int d, float value) {
+    a.out.row<Element>(b, h, q_idx)[d] = Element(value);
+  });
 }
 
 // P and dS of one pair, by the threads of a block.
@@ -209,19 +179,6 @@ __global__ void dkv_reference(BackwardArgs a, float* dk, float* dv) {
   }
 }
 
-template <typename Element>
-__global__ void fill_kernel(Element* x, int64_t size, uint32_t seed, float scale) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    const float u = ((z >> 40) + 1) * 0x1p-24f, w = (z & 0xffffff) * 0x1p-24f;
-    x[i] = Element(scale * sqrtf(-2 * logf(u)) * cospif(2 * w));
-  }
-}
-
 __global__ void fill_constant(float* x, int64_t size, float value) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
        i += int64_t{gridDim.x} * blockDim.x)
@@ -230,7 +187,8 @@ __global__ void fill_constant(float* x, int64_t size, float value) {
 
 struct Case {
   int B, H, H_kv, S_q, S_kv, D, D_v;
-  int mask;    // 0 full, 1 causal top left, 2 bottom right, 3 window
+  int mask;  // 0 full, 1 causal top left, 2 bottom right, 3 window
+  bool deterministic;
   int poison;  // 0 none, 1 K and V rows NaN, 2 V has Inf, 3 Q has NaN or Inf, 4 dO has
   double scale;
 };
@@ -344,7 +302,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   CHECK(cudaMalloc(&want_dq, rows * c.D * 4));
   CHECK(cudaMalloc(&want_dk, kv_rows * c.D * 4));
   CHECK(cudaMalloc(&want_dv, kv_rows * c.D_v * 4));
-  const size_t bytes = size_t{256} << 20;
+  const size_t bytes = size_t{64} << 20;
   CHECK(cudaMalloc(&memory, bytes));
   CHECK(cudaMemset(memory, 0xff, bytes));
   fill_kernel<<<64, 256>>>(dlse, rows, seed * 7, 1.0f);
@@ -355,32 +313,30 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   a.dq = dq.view, a.dk = dk.view, a.dv = dv.view;
   a.lse = lse;
   if (seed % 4 == 0) a.dlse = dlse;
-  a.mask = c.mask == 0   ? Mask::full(c.S_kv)
-           : c.mask == 1 ? Mask::causal(c.S_q, c.S_kv, Alignment::top_left)
-           : c.mask == 2 ? Mask::causal(c.S_q, c.S_kv, Alignment::bottom_right)
-                         : Mask::window(c.S_q, c.S_kv, Alignment::bottom_right, 37 + seed % 200,
-                                        seed % 3 ? int(seed % 50) : 0);
+  a.mask = mask_of(c.mask, c.S_q, c.S_kv, seed);
   a.scale = ScoreScale::from(c.scale, a.dtype);
   a.factor = c.scale;
+  a.deterministic = c.deterministic;
   forward_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, lse);
   dq_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, want_dq);
   dkv_reference<Element><<<kv_rows, 128, c.S_q * 8 + 16>>>(a, want_dk, want_dv);
   CHECK(cudaDeviceSynchronize());
   const Workspace w = workspace_for(a, variant.config, memory, bytes);
   const auto kernel = a.dtype == DType::f16 ? variant.f16 : variant.bf16;
-  std::vector<uint16_t> first_dk, first_dv;
+  std::vector<uint16_t> first_dq, first_dk, first_dv;
   bool same = true;
   for (int repeat = 0; repeat < 3; ++repeat) {
     for (const Tensor<Element>* t : {&dq, &dk, &dv})
       CHECK(cudaMemset(t->view.data, 0xff, t->size() * 2));
-    RUN(prepare_rows(a, w.plan, variant.config, w.buffers, nullptr));
-    RUN(kernel(a, w.plan, w.buffers));
-    RUN(finish_dq(a, w.plan, variant.config, w.buffers, nullptr));
+    CHECK(cudaMemset(memory, 0xff, bytes));
+    if (repeat > 0) grid_limit = repeat == 1 ? 132 : 5;
+    RUN_ALL(a, w, variant, kernel);
     CHECK(cudaDeviceSynchronize());
     if (repeat == 0) {
-      first_dk = dk.get(), first_dv = dv.get();
+      first_dq = dq.get(), first_dk = dk.get(), first_dv = dv.get();
     } else {
       same &= first_dk == dk.get() && first_dv == dv.get();
+      if (c.deterministic) same &= first_dq == dq.get();
     }
   }
   const double limit = a.dtype == DType::f16 ? 1.5e-3 : 1.0e-2;
@@ -389,10 +345,11 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
                             dk.compare(want_dk, limit, good) + "; dv " +
                             dv.compare(want_dv, limit, good);
   if (!good || verbose) {
-    std::printf("%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d poison%d scale%g same%d: %s\n",
-                good ? "ok  " : "FAIL", variant.name, a.dtype == DType::f16 ? "f16" : "bf16", seed,
-                c.B, c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, c.poison, c.scale, same,
-                texts.c_str());
+    std::printf(
+        "%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d det%d poison%d scale%g same%d: %s\n",
+        good ? "ok  " : "FAIL", variant.name, a.dtype == DType::f16 ? "f16" : "bf16", seed, c.B,
+        c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, c.deterministic, c.poison, c.scale, same,
+        texts.c_str());
     std::fflush(stdout);
   }
   for (float* p : {lse, dlse, want_dq, want_dk, want_dv, memory}) CHECK(cudaFree(p));
@@ -423,8 +380,10 @@ int check_all(int cases, const char* only) {
       c.mask = i < 2 ? 0 : pick({0, 1, 2, 2, 3});
       if (!variant.config.masked) c.mask = 0;
       c.poison = i < 2 ? 0 : pick({0, 0, 0, 1, 2, 3, 4});
+      c.deterministic = i % 2 == 1;
+      any_order = i % 4 == 0;
       c.scale = (i % 7 == 5 ? -1.0 : i % 7 == 6 ? 3.0 : 1.0) / std::sqrt(c.D);
-      grid_limit = pick({1, 7, 131, 132, 1 << 30});
+      grid_limit = pick({1, 7, 131, 1 << 30});
       failed_here += !check<__nv_bfloat16>(variant, c, 1000 + i, i < 1);
       ++done;
       if (variant.f16 != nullptr && i % 3 == 1) {
@@ -439,51 +398,135 @@ int check_all(int cases, const char* only) {
   return failed != 0;
 }
 
-// Median times of the three kernels, in microseconds.
-void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, void* flush,
-             size_t flush_bytes, int repeats, float (&median)[4]) {
-  cudaEvent_t events[4];
-  for (auto& event : events) CHECK(cudaEventCreate(&event));
-  std::vector<float> times[4];
-  for (int i = 0; i < repeats + 2; ++i) {
-    CHECK(cudaMemsetAsync(flush, i, flush_bytes));
-    CHECK(cudaEventRecord(events[0]));
-    RUN(prepare_rows(a, w.plan, variant.config, w.buffers, nullptr));
-    CHECK(cudaEventRecord(events[1]));
-    RUN(variant.bf16(a, w.plan, w.buffers));
-    CHECK(cudaEventRecord(events[2]));
-    RUN(finish_dq(a, w.plan, variant.config, w.buffers, nullptr));
-    CHECK(cudaEventRecord(events[3]));
-    CHECK(cudaEventSynchronize(events[3]));
-    for (int part = 0; part < 4 && i >= 2; ++part) {
-      float ms;
-      CHECK(cudaEventElapsedTime(&ms, events[part == 3 ? 0 : part],
-                                 events[part == 3 ? 3 : part + 1]));
-      times[part].push_back(ms * 1000);
+struct Problem {
+  __nv_bfloat16* tensors[8];
+  float *lse, *memory;
+  size_t bytes = size_t{400} << 20;
+  static constexpr int64_t kElements = int64_t{16384} * 2048;
+  Problem() {
+    for (int i = 0; i < 8; ++i) {
+      CHECK(cudaMalloc(&tensors[i], kElements * 2));
+      fill_kernel<<<1024, 256>>>(tensors[i], kElements, 7 + i, i == 3 ? 0.1f : 1.0f);
+    }
+    CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
+    CHECK(cudaMalloc(&memory, bytes));
+  }
+  BackwardArgs args(int64_t B, int64_t H, int64_t H_kv, int64_t S, int64_t D, bool causal,
+                    bool deterministic) {
+    BackwardArgs a;
+    a.dtype = DType::bf16;
+    a.shape = {B, H, H_kv, S, S, D, D};
+    View* views[8] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
+    for (int i = 0; i < 8; ++i) {
+      const int64_t heads = i == 1 || i == 2 || i >= 6 ? H_kv : H;
+      *views[i] = {tensors[i], S * heads * D, D, heads * D};
+    }
+    fill_constant<<<256, 256>>>(lse, int64_t{16384} * 32, std::log(float(S)) + 0.5f);
+    a.lse = lse;
+    a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
+    a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
+    a.factor = 1 / std::sqrt(double(D));
+    a.deterministic = deterministic;
+    return a;
+  }
+};
+
+// Deterministic calls again and again on two streams: the same bits? Ordinary ones: how far apart?
+int soak() {
+  Problem first, second;
+  cudaStream_t streams[2];
+  for (auto& s : streams) CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+  int failed = 0;
+  for (const Variant& variant : kVariants) {
+    for (int causal = 0; causal < 2; ++causal) {
+      if (variant.causal != 2 && variant.causal != causal) continue;
+      for (int det = 0; det < 2; ++det) {
+        const int D = variant.config.head_dim, S = 2048 + 96;
+        const int64_t H = 8, H_kv = 4, B = 2;
+        any_order = det == 0;
+        std::vector<uint16_t> want, got(B * S * H * D);
+        double most = 0, norm = 0;
+        int different = 0;
+        for (int run = 0; run < 100; ++run) {
+          grid_limit = run % 4 == 3 ? 37 : 132;
+          const int running = run % 2 ? 2 : 1;
+          BackwardArgs args[2];
+          for (int of = 0; of < running; ++of) {
+            args[of] = (of ? second : first).args(B, H, H_kv, S, D, causal, det);
+            CHECK(cudaMemsetAsync(args[of].dq.data, 0xff, got.size() * 2));
+          }
+          CHECK(cudaDeviceSynchronize());
+          for (int of = 0; of < running; ++of) {
+            Problem& problem = of ? second : first;
+            const Workspace w =
+                workspace_for(args[of], variant.config, problem.memory, problem.bytes);
+            stream = streams[of];
+            RUN_ALL(args[of], w, variant, variant.bf16);
+          }
+          stream = nullptr;
+          CHECK(cudaDeviceSynchronize());
+          CHECK(cudaMemcpy(got.data(), first.tensors[5], got.size() * 2, cudaMemcpyDeviceToHost));
+          if (run == 0) want = got;
+          if (run > 0 && want == got) continue;
+          different += run > 0;
+          norm = 0;
+          for (size_t i = 0; i < got.size(); ++i) {
+            __nv_bfloat16 x, y;
+            std::memcpy(&x, &want[i], 2), std::memcpy(&y, &got[i], 2);
+            most = std::max<double>(most, std::fabs(float(x) - float(y)));
+            norm += double(float(x)) * float(x);
+          }
+          norm = std::sqrt(norm / got.size());
+        }
+        failed += det && different > 0;
+        std::printf("%s (%s) %s %s: %d of 99 differ, at most %.2e, rms of dq %.2e\n",
+                    det && different ? "FAIL" : "ok  ", variant.name, causal ? "causal" : "full",
+                    det ? "deterministic" : "ordinary", different, most, norm);
+        std::fflush(stdout);
+      }
     }
   }
-  for (int part = 0; part < 4; ++part) {
+  return failed;
+}
+
+// Median times of the two kernels and of both, in microseconds.
+void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, void* flush,
+             size_t flush_bytes, int repeats, float (&median)[2]) {
+  cudaEvent_t events[2];
+  for (auto& event : events) CHECK(cudaEventCreate(&event));
+  std::vector<float> times[2];
+  for (int i = 0; i < 2 * repeats + 2; ++i) {
+    const int part = i % 2;  // all, prepare_rows
+    CHECK(cudaMemsetAsync(flush, i, flush_bytes));
+    CHECK(cudaEventRecord(events[0]));
+    if (part == 0) {
+      RUN_ALL(a, w, variant, variant.bf16);
+    } else {
+      RUN(prepare_rows(a, w.plan, variant.config, w.buffers, stream));
+    }
+    CHECK(cudaEventRecord(events[1]));
+    CHECK(cudaEventSynchronize(events[1]));
+    float ms;
+    CHECK(cudaEventElapsedTime(&ms, events[0], events[1]));
+    if (i >= 2) times[part].push_back(ms * 1000);
+  }
+  for (int part = 0; part < 2; ++part) {
     std::sort(times[part].begin(), times[part].end());
     median[part] = times[part][times[part].size() / 2];
   }
   for (auto& event : events) CHECK(cudaEventDestroy(event));
 }
 
+const char* kWays[] = {"any", "", "det"};
+
 int bench(const char* only, int shortest, int longest) {
   const size_t flush_bytes = size_t{160} << 20;
   void* flush;
   CHECK(cudaMalloc(&flush, flush_bytes));
-  const int64_t elements = int64_t{16384} * 2048;
-  __nv_bfloat16* tensors[8];
-  for (int i = 0; i < 8; ++i) {
-    CHECK(cudaMalloc(&tensors[i], elements * 2));
-    fill_kernel<<<1024, 256>>>(tensors[i], elements, 7 + i, i == 3 ? 0.1f : 1.0f);
-  }
-  float *lse, *memory;
-  CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
-  const size_t bytes = size_t{400} << 20;
-  CHECK(cudaMalloc(&memory, bytes));
-  std::printf("TFLOP/s of all three kernels, of the main one; us of the three\n");
+  Problem problem;
+  const char* grid = std::getenv("LAB_GRID");
+  const char* group = std::getenv("LAB_GROUP");
+  std::printf("TFLOP/s of all kernels, of all but prepare_rows; us of prepare_rows, of all\n");
   for (int causal = 0; causal < 2; ++causal) {
     for (int S = shortest; S <= longest; S *= 2) {
       for (const Variant& variant : kVariants) {
@@ -491,25 +534,22 @@ int bench(const char* only, int shortest, int longest) {
         if (variant.causal != 2 && variant.causal != causal) continue;
         const int D = variant.config.head_dim;
         const int64_t B = 16384 / S, H = 2048 / D;
-        BackwardArgs a;
-        a.dtype = DType::bf16;
-        a.shape = {B, H, H, S, S, D, D};
-        View* views[8] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
-        for (int i = 0; i < 8; ++i) *views[i] = {tensors[i], S * H * D, D, H * D};
-        fill_constant<<<256, 256>>>(lse, int64_t{16384} * 32, std::log(float(S)) + 0.5f);
-        a.lse = lse;
-        a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
-        a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
-        a.factor = 1 / std::sqrt(double(D));
-        const Workspace w = workspace_for(a, variant.config, memory, bytes);
-        float us[4];
-        time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
-        uint64_t clock[4];
-        CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
-        const double flop = 10e-6 * B * H * double(S) * S * D / (causal ? 2 : 1);
-        std::printf("%-6s S %5d (%-20s) %5.0f %5.0f   %6.0f %6.0f %6.0f   %.0f MHz\n",
-                    causal ? "causal" : "full", S, variant.name, flop / us[3], flop / us[1], us[0],
-                    us[1], us[2], 1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
+        for (int way = 0; way < 3; ++way) {  // in any order, as the library would, deterministic
+          any_order = way == 0;
+          const BackwardArgs a = problem.args(B, H, group == nullptr ? H : H / std::atoi(group), S,
+                                              D, causal, way == 2);
+          const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
+          grid_limit = grid != nullptr ? std::atoi(grid) : D > 96 ? 1 << 30 : 132;
+          float us[2];
+          time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
+          uint64_t clock[4];
+          CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
+          const double flop = 10e-6 * B * H * double(S) * S * D / (causal ? 2 : 1);
+          std::printf("%-6s S %5d (%-20s) %-6s %5.0f %5.0f   %6.0f %6.0f   %.0f MHz\n",
+                      causal ? "causal" : "full", S, variant.name, kWays[way], flop / us[0],
+                      flop / (us[0] - us[1]), us[1], us[0],
+                      1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
+        }
       }
       std::fflush(stdout);
     }
@@ -522,6 +562,6 @@ int main(int argc, char** argv) {
   const char* only = argc > 3 && std::strcmp(argv[3], "all") != 0 ? argv[3] : nullptr;
   if (mode == "check") return check_all(argc > 2 ? std::atoi(argv[2]) : 40, only);
   if (mode == "bench" && argc > 2) only = std::strcmp(argv[2], "all") != 0 ? argv[2] : nullptr;
-  grid_limit = std::getenv("LAB_GRID") != nullptr ? std::atoi(std::getenv("LAB_GRID")) : 132;
+  if (mode == "soak") return soak();
   return bench(only, argc > 3 ? std::atoi(argv[3]) : 512, argc > 4 ? std::atoi(argv[4]) : 16384);
 }

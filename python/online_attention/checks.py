@@ -215,16 +215,16 @@ def check_flags(**flags: object) -> None:
             raise TypeError(f"{name} must be True or False, but is {_kind(value)}.")
 
 
-def check_scale(scale: object) -> float:
-    """The scale as a float, if it is a finite number."""
+def check_scale(scale: object, name: str = "scale") -> float:
+    """The scale as a float, if it is a finite number; `name` is the argument's."""
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(
-            f"scale must be a number or None, but is {_kind(scale)}: pass a Python float, or None "
+            f"{name} must be a number or None, but is {_kind(scale)}: pass a Python float, or None "
             "for 1/sqrt(D)."
         )
     value = float(scale)
     if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, but is {value}: pass None for 1/sqrt(D).")
+        raise ValueError(f"{name} must be finite, but is {value}: pass None for 1/sqrt(D).")
     return value
 
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// csrc/cuda/hopper/backward_config.h.
+// csrc/cuda/hopper/backward_config.h and backward_buffers.h.
 #include "cuda/hopper/backward_config.h"
 
+#include "cuda/hopper/backward_buffers.h"
 #include "module.h"
 
 namespace whitebox {
@@ -18,6 +19,9 @@ void bind_hopper_backward(py::module_& module) {
       .def_readonly("masked", &BackwardConfig::masked)
       .def("columns", [](const BackwardConfig& c) { return c.boxes() * BackwardConfig::kColumns; })
       .def("dq_floats", &BackwardConfig::dq_floats)
+      .def("dq_warps", &BackwardConfig::dq_warps)
+      .def("dq_group_bytes", &BackwardConfig::dq_group_bytes)
+      .def("dq_queries", &BackwardConfig::dq_queries)
       .def("terms_bytes", &BackwardConfig::terms_bytes)
       .def("offsets",
            [](const BackwardConfig& c) {
@@ -27,10 +31,13 @@ void bind_hopper_backward(py::module_& module) {
                                      c.dout_offset(),
                                      c.ds_offset(),
                                      c.dq_offset(),
+                                     c.sums_offset(),
                                      c.terms_offset(),
                                      c.marks_offset(),
                                      c.barrier_offset(),
                                      c.tile_offset(),
+                                     c.task_offset(),
+                                     c.step_offset(),
                                      c.smem_bytes()};
            })
       .def("term_place", [](const BackwardConfig& c, int row) { return c.term_place(row); })
@@ -38,6 +45,31 @@ void bind_hopper_backward(py::module_& module) {
         const oa::cuda::hopper::DqPlace at = oa::cuda::hopper::dq_place(c, index);
         return std::pair{at.query, at.column};
       });
+
+  module.def("hopper_adders_of", [](const oa::cuda::BackwardPlan& plan, const oa::Shape& shape,
+                                    const oa::Mask& mask, int32_t q_tile) {
+    oa::BackwardArgs args;
+    args.shape = shape;
+    args.mask = mask;
+    const oa::IndexRange adders = oa::cuda::hopper::adders_of(args, plan, q_tile);
+    return std::pair{adders.begin, adders.end};
+  });
+
+  // The plan, and whether key tiles add to dQ in order.
+  module.def(
+      "plan_hopper_backward",
+      [](const BackwardConfig& config, const oa::Shape& shape, const oa::Mask& mask,
+         bool deterministic, int multiprocessors) {
+        oa::BackwardArgs args;  // without tensors
+        args.dtype = oa::DType::bf16;
+        args.shape = shape;
+        args.mask = mask;
+        args.deterministic = deterministic;
+        const auto plan = oa::cuda::hopper::plan_blocks(args, config, multiprocessors);
+        return std::pair{plan, oa::cuda::hopper::adds_in_order(args, plan)};
+      },
+      py::kw_only(), py::arg("config"), py::arg("shape"), py::arg("mask"), py::arg("deterministic"),
+      py::arg("multiprocessors"));
 
   module.def("hopper_backward_configs", [] {
     return std::vector<BackwardConfig>{kBackward<64, false>,  kBackward<64, true>,

@@ -16,6 +16,7 @@ void bind_split_keys(py::module_& module);
 void bind_dropout(py::module_& module);
 void bind_tile_plan(py::module_& module);
 void bind_backward_plan(py::module_& module);
+void bind_hopper_forward(py::module_& module);
 void bind_hopper_backward(py::module_& module);
 void bind_wide_backward(py::module_& module);
 

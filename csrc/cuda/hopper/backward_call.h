@@ -8,7 +8,7 @@
 namespace online_attention::cuda::hopper {
 
 struct BackwardCall {
-  TensorBox q, k, v, dout, dk, dv;
+  TensorBox q, k, v, dout, dq, dk, dv;
   BackwardArgs args;
   BackwardPlan plan;
   BackwardBuffers buffers;

@@ -18,10 +18,24 @@ struct KeyTile {
   int32_t steps;  // query tiles, of all heads of the group; -1: there is no further key tile
 };
 
+// A step of a block: a query tile of one head.
+struct QueryStep {
+  int32_t h, q_tile;
+};
+
+// A step's addition to dQ: which query tile, and how many key tiles add to it before and after.
+struct DqTask {
+  uint32_t index;  // among the query tiles of all heads
+  int32_t place;   // among those that add; -1: whoever comes first
+  int32_t last;    // the place that finishes dQ, if any has it; -1: there is no further step
+  int32_t b, h, q_begin;
+};
+
 // Named barriers (ids of ptx::barrier_sync).
 inline constexpr int kConsumersBarrier = 1;
 
 inline constexpr int kGradientBoxRows = 16;  // of a box of dK or dV: a warp's rows
+inline constexpr int kDqColumns = 16;        // of dQ, a warp's
 
 struct BackwardConfig {
   int head_dim = 0;          // D and D_v are padded up to this inside the kernel
@@ -41,7 +55,8 @@ struct BackwardConfig {
   static constexpr int kRowBytes = 128;
   static constexpr int kSmemBytes = 227 * 1024;  // what a block may have
   // Registers of a thread after the warpgroups have settled.
-  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+  ONLINE_ATTENTION_HD constexpr int consumer_registers() const { return boxes() == 1 ? 232 : 240; }
+  ONLINE_ATTENTION_HD constexpr int producer_registers() const { return boxes() == 1 ? 40 : 24; }
 
   ONLINE_ATTENTION_HD constexpr int boxes() const { return ceil_div(head_dim, kColumns); }
   // A warpgroup computes dQ^T for 64 columns and this many queries: all of them, or its half where
@@ -59,14 +74,22 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int ds_bytes() const { return kGroups * q_box_bytes(); }
   // What a warp adds to dQ in a step.
   ONLINE_ATTENTION_HD constexpr int dq_warp_bytes() const { return dq_queries() * 16 * 4; }
+  // The warps of a group that have columns of dQ, and what they add.
+  ONLINE_ATTENTION_HD constexpr int dq_warps(int group) const {
+    const int columns = boxes() == 1 ? head_dim : head_dim - group * kColumns;
+    return columns < kColumns ? columns / kDqColumns : kColumns / kDqColumns;
+  }
+  ONLINE_ATTENTION_HD constexpr int dq_group_bytes(int group) const {
+    return dq_warps(group) * dq_warp_bytes();
+  }
   // A warp's share of all dS.
   ONLINE_ATTENTION_HD constexpr int ds_warp_bytes() const {
     return kStages * ds_bytes() / (4 * kGroups);
   }
   ONLINE_ATTENTION_HD constexpr int terms_bytes() const { return tile_m * 4; }
 
-  // Offsets: K, V, Q, dO, dS, dQ, the terms of the query rows (lse, delta), marks of the keys,
-  // barriers of 8 bytes each, KeyTiles.
+  // Offsets: K, V, Q, dO, dS, dQ, the sums of dQ, the terms of the query rows (lse, delta), marks
+  // of the keys, barriers of 8 bytes each, KeyTiles, DqTasks, QuerySteps.
   ONLINE_ATTENTION_HD constexpr int v_offset() const { return kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int q_offset() const { return 2 * kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int dout_offset() const { return q_offset() + kStages * q_bytes(); }
@@ -74,24 +97,34 @@ struct BackwardConfig {
     return dout_offset() + kStages * q_bytes();
   }
   ONLINE_ATTENTION_HD constexpr int dq_offset() const { return ds_offset() + kStages * ds_bytes(); }
-  ONLINE_ATTENTION_HD constexpr int terms_offset() const {
+  ONLINE_ATTENTION_HD constexpr int sums_offset() const {
     return dq_offset() + 4 * kGroups * dq_warp_bytes();
+  }
+  ONLINE_ATTENTION_HD constexpr int terms_offset() const {
+    return sums_offset() + 4 * kGroups * dq_warp_bytes();
   }
   ONLINE_ATTENTION_HD constexpr int marks_offset() const {
     return terms_offset() + 2 * kStages * terms_bytes();
   }
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const { return marks_offset() + kTileN * 4; }
   static constexpr int kTiles = 4;  // one is stored, one computed, one on its way
-  static constexpr int kBarriers = 5 + 6 * kStages;
+  static constexpr int kTasks = 2;  // DqTasks: one is done, one is next
+  static constexpr int kBarriers = 7 + 6 * kStages + 3 * kGroups + 2 * kTasks;
   ONLINE_ATTENTION_HD constexpr int tile_offset() const {
-    return barrier_offset() + (kBarriers + 1) * 8;
+    return barrier_offset() + (kBarriers + 1) / 2 * 16;
+  }
+  ONLINE_ATTENTION_HD constexpr int task_offset() const {
+    return tile_offset() + kTiles * static_cast<int>(sizeof(KeyTile));
+  }
+  ONLINE_ATTENTION_HD constexpr int step_offset() const {
+    return task_offset() + kTasks * static_cast<int>(sizeof(DqTask));
   }
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
-    return tile_offset() + kTiles * static_cast<int>(sizeof(KeyTile));
+    return step_offset() + kStages * static_cast<int>(sizeof(QueryStep));
   }
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
-    const int registers = kGroups * kConsumerRegisters + kProducerRegisters;
+    const int registers = kGroups * consumer_registers() + producer_registers();
     // dK and dV leave through the places of dS and dQ, 16 rows of each warp.
     const int rows_bytes = boxes() * 16 * kRowBytes;
     return ds_warp_bytes() >= rows_bytes && dq_warp_bytes() >= rows_bytes &&

@@ -23,18 +23,18 @@ struct BackwardConsumer {
   const Map& smem;
   int group;  // 0 or 1
   Tile keys;
-  QueryStep step;
   uint32_t index = 0;   // of the step, over all key tiles
   uint32_t tiles = 0;   // key tiles that are done
   bool first;           // whether it is the first step of its key tile
   bool marked = false;  // whether some key of the block held Inf or NaN
-  float* dq_target;     // this warp's sums of the last step's dQ
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
   __device__ __forceinline__ static int thread() {  // of both consumers'
     return static_cast<int>(ptx::thread_index()) - 128;
   }
   __device__ __forceinline__ const KeyTile& tile() const { return smem.tile(tiles); }
+  // Of this step, once its queries have come.
+  __device__ __forceinline__ const QueryStep& step() const { return smem.step(stage_of(index)); }
   __device__ __forceinline__ static void wait_for_consumers() {
     ptx::barrier_sync(kConsumersBarrier, kThreads);
   }
@@ -93,11 +93,11 @@ struct BackwardConsumer {
   __device__ __forceinline__ void add_nonfinite_dout() {
     const BackwardArgs& args = call.args;
     const int32_t kv = tile().kv_begin + 64 * group;
-    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    const int32_t q_begin = step().q_tile * kConfig.tile_m;
     const int32_t q_end = min(q_begin + kConfig.tile_m, static_cast<int32_t>(args.shape.S_q));
 #pragma unroll 1
     for (int32_t q_idx = q_begin; q_idx < q_end; ++q_idx) {
-      const Element* row = args.dout.row<const Element>(tile().b, step.h, q_idx);
+      const Element* row = args.dout.row<const Element>(tile().b, step().h, q_idx);
       const KvRange seen = args.mask.kv_range(q_idx, q_idx + 1);
 #pragma unroll
       for (int i = 0; i < Tile::kGradients; ++i) {
@@ -109,27 +109,25 @@ struct BackwardConsumer {
     }
   }
 
-  // Whether more is to be done about the step than the five products.
+  // Whether more is to be done about the step than the five products. Waits for its queries.
   __device__ __forceinline__ bool is_cut() const {
     if (marked) return true;
+    wait(smem.q_full(stage_of(index)), phase_of(index));
     const KeyTile& of = tile();
-    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    const int32_t q_begin = step().q_tile * kConfig.tile_m;
     return q_begin < of.plain_begin || q_begin + kConfig.tile_m > of.plain_end;
   }
 
-  // Adds this warp's part of the last step's dQ to the sums.
-  __device__ __forceinline__ void add_dq(const typename Tile::Dq& dq) const {
-    const int warp = 4 * group + keys.warp();
-    if (kConfig.head_dim % 64 != 0 && warp * 16 >= kConfig.head_dim) return;  // no such columns
-    if (speaks()) ptx::tma_store_wait_read<0>();
+  // Hands this warp's part of the last step's dQ to the DqWriter.
+  __device__ __forceinline__ void hand_on(const typename Tile::Dq& dq) const {
+    if (keys.warp() >= kConfig.dq_warps(group)) return;  // no such columns
+    wait(smem.dq_empty(group), index % 2);
+    if (speaks()) ptx::tma_store_wait_read<0>();  // the last dV
     __syncwarp();
-    keys.store_dq(dq, smem.dq(warp));
+    keys.store_dq(dq, smem.dq(4 * group + keys.warp()));
     ptx::fence_async_proxy();
     __syncwarp();
-    if (speaks()) {
-      ptx::bulk_reduce_add(dq_target, smem.dq(warp), kConfig.dq_warp_bytes());
-      ptx::tma_store_commit();
-    }
+    release(smem.dq_full(group));
   }
 
   // A query tile. dQ is one step behind: by then the dS of the other group has long been there. In
@@ -171,7 +169,7 @@ struct BackwardConsumer {
     keys.weigh(p, call.factor_log2, smem.lse2(stage));
     if (cut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
-                step.q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
+                step().q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
     }
     if constexpr (kConfig.early_values) keys.round(p_rounded, p);
     ptx::wgmma_wait<0>();
@@ -205,14 +203,9 @@ struct BackwardConsumer {
     ptx::held(dq);
     if (!first) {
       release(smem.ds_empty(last));
-      add_dq(dq);
+      hand_on(dq);
     }
     if constexpr (kDrained) finish_dk(ds_rounded);
-    const int warp = 4 * group + keys.warp();
-    dq_target = call.buffers.dq_sums +
-                int64_t{tile_index(call, tile(), step)} * kConfig.dq_floats() +
-                warp * (kConfig.dq_warp_bytes() / 4);
-    step.advance(tile());
     ++index;
     first = false;
   }
@@ -250,7 +243,6 @@ struct BackwardConsumer {
   }
   // The steps up to `end`.
   __device__ __forceinline__ void run_tile(uint32_t end) {
-    step = first_step(tile(), call.plan.group);
     first = true;
     if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
     if constexpr (!kConfig.masked) {
@@ -275,7 +267,7 @@ struct BackwardConsumer {
     ptx::wgmma_wait<0>();
     ptx::held(dq);
     release(smem.ds_empty(stage_of(last)));
-    add_dq(dq);
+    hand_on(dq);
   }
 
   // dK and dV leave through the places of dS and dQ, while the next keys and values come.
@@ -287,8 +279,7 @@ struct BackwardConsumer {
     wait_for_consumers();  // nobody reads dS any more
     keys.store_gradient(keys.dk, static_cast<float>(call.args.factor), smem.ds_of_warp(warp));
     send(call.dk, call.args.dk, smem.ds_of_warp(warp), of, 16 * warp);
-    if (speaks()) ptx::tma_store_wait_read<1>();  // the last dQ has been read
-    __syncwarp();
+    wait(smem.dq_empty(group), index % 2 ^ 1);  // the last dQ has been read
     keys.store_gradient(keys.dv, 1, smem.dq(warp));
     send(call.dv, call.args.dv, smem.dq(warp), of, 16 * warp);
     if (speaks()) ptx::tma_store_wait_read<1>();  // dK has been read

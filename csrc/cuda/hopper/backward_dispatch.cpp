@@ -44,23 +44,35 @@ const Kernels& kernels_for(const BackwardArgs& args) {
   return args.mask.is_banded() ? bucket.masked : bucket.full;
 }
 
-// The sums of dQ, the terms of the rows, the counter of tiles taken; every part begins on a
-// multiple of 256 bytes.
+// The sums of dQ, the terms of the rows, the counters; every part begins on a multiple of 256
+// bytes.
 struct Sizes {
-  int64_t dq_sums, terms, taken;
+  int64_t dq_sums, terms, added, taken;
+  bool finished_by_last;
 
-  Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan)
-      : dq_sums(plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)}),
-        terms(ceil_div<int64_t>(plan.dq_tiles() * config.terms_bytes(), 256) * 256),
-        taken(args.mask.is_banded() ? sizeof(uint32_t) : 0) {}
-  int64_t total() const { return dq_sums + 2 * terms + taken; }
+  Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan) {
+    const bool ordered = adds_in_order(args, plan);
+    dq_sums = plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)};
+    terms = aligned(plan.dq_tiles() * config.terms_bytes());
+    added = ordered ? aligned(counter_place(static_cast<uint32_t>(plan.dq_tiles()), 0) *
+                              int64_t{sizeof(int32_t)})
+                    : 0;
+    finished_by_last = is_finished_by_last(args, plan);
+    taken = ordered || args.mask.is_banded() ? sizeof(uint32_t) : 0;
+  }
+  static int64_t aligned(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
+  int64_t total() const { return dq_sums + 2 * terms + added + taken; }
   BackwardBuffers in(void* workspace) const {
-    auto* bytes = static_cast<unsigned char*>(workspace);
-    return {
-        .lse2 = reinterpret_cast<float*>(bytes + dq_sums),
-        .delta = reinterpret_cast<float*>(bytes + dq_sums + terms),
-        .dq_sums = reinterpret_cast<float*>(bytes),
-        .taken = taken > 0 ? reinterpret_cast<uint32_t*>(bytes + dq_sums + 2 * terms) : nullptr};
+    auto* sums = static_cast<unsigned char*>(workspace);
+    auto* lse2 = sums + dq_sums;
+    auto* delta = lse2 + terms;
+    auto* counters = delta + terms;
+    return {.lse2 = reinterpret_cast<float*>(lse2),
+            .delta = reinterpret_cast<float*>(delta),
+            .dq_sums = reinterpret_cast<float*>(sums),
+            .added = added > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr,
+            .finished_by_last = finished_by_last,
+            .taken = taken > 0 ? reinterpret_cast<uint32_t*>(counters + added) : nullptr};
   }
 };
 
@@ -69,7 +81,7 @@ struct Sizes {
 bool runs_backward(const BackwardArgs& args, const Device&) {
   constexpr int64_t kRowsMin = 64;  // fewer leave most of a query tile empty
   const Shape& s = args.shape;
-  if (args.is_modified() || args.deterministic) return false;
+  if (args.is_modified()) return false;
   const bool narrow = s.D <= kBackwardHeadDimMax && s.D_v <= kBackwardHeadDimMax;
   if (s.S_q < kRowsMin || (!narrow && !is_wide(s))) return false;
   if (!narrow && args.deterministic) return false;
@@ -77,9 +89,10 @@ bool runs_backward(const BackwardArgs& args, const Device&) {
   const View* of_keys[] = {&args.k, &args.dk};
   const View* of_values[] = {&args.v, &args.dv};
   const View* of_outputs[] = {&args.out, &args.dout};
-  const auto addressable = [](const auto& views, int64_t B, int64_t H, int64_t S, int64_t D) {
+  const auto addressable = [&](const auto& views, int64_t B, int64_t H, int64_t S, int64_t D) {
     for (const View* view : views) {
-      if (view->data != nullptr && !is_addressable(*view, B, H, S, D)) return false;
+      if (view->data == nullptr) continue;
+      if (!is_addressable(*view, B, H, S, D, args.deterministic)) return false;
     }
     return true;
   };
@@ -104,7 +117,7 @@ Status backward(const BackwardArgs& args, const Launch& launch) {
   Status status = prepare_rows(args, plan, config, buffers, launch.stream);
   if (status != kOk) return status;
   status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
-  if (status != kOk || args.dq.data == nullptr) return status;
+  if (status != kOk || args.dq.data == nullptr || buffers.finished_by_last) return status;
   return finish_dq(args, plan, config, buffers, launch.stream);
 }
 

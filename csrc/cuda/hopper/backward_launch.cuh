@@ -33,16 +33,18 @@ inline Status describe_call(const BackwardArgs& args, const BackwardPlan& plan,
     TensorSizes sizes;
     int box_rows;
     TensorBox& box;
+    int columns = BackwardConfig::kColumns;
   } tensors[] = {{args.q, {s.B, s.H, s.S_q, s.D}, config.tile_m, call.q},
                  {args.dout, {s.B, s.H, s.S_q, s.D_v}, config.tile_m, call.dout},
                  {args.k, {s.B, s.H_kv, s.S_kv, s.D}, BackwardConfig::kTileN, call.k},
                  {args.v, {s.B, s.H_kv, s.S_kv, s.D_v}, BackwardConfig::kTileN, call.v},
+                 {args.dq, {s.B, s.H, s.S_q, s.D}, config.dq_queries(), call.dq, kDqColumns},
                  {args.dk, {s.B, s.H_kv, s.S_kv, s.D}, kGradientBoxRows, call.dk},
                  {args.dv, {s.B, s.H_kv, s.S_kv, s.D_v}, kGradientBoxRows, call.dv}};
   for (const auto& tensor : tensors) {
     if (tensor.view.data == nullptr) continue;  // not asked for
-    const Status status =
-        describe(tensor.view, tensor.sizes, args.dtype, tensor.box_rows, tensor.box);
+    const Status status = describe(tensor.view, tensor.sizes, args.dtype, tensor.box_rows,
+                                   tensor.box, tensor.columns);
     if (status != kOk) return status;
   }
   return kOk;

@@ -45,21 +45,37 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
   tile.steps = (end - begin) * call.plan.group;
   // Blocks of a head that run side by side keep apart, or all would add to the same dQ.
   const auto apart = static_cast<uint32_t>(at.kv_tile) * uint64_t{static_cast<uint32_t>(end)};
-  tile.q_tile_first = mask.is_banded() ? begin : static_cast<int32_t>(apart / call.plan.kv_tiles);
+  tile.q_tile_first = call.buffers.added != nullptr ? end - 1
+                      : mask.is_banded() ? begin
+                                         : static_cast<int32_t>(apart / call.plan.kv_tiles);
 }
 
-// A step of a block: a query tile of one head. Heads of the group in turn, tiles in ascending order
+// The steps of a key tile: heads of the group in turn; of each the query tiles in ascending order
 // from the first one on, then those before it.
-struct QueryStep {
-  int32_t h, q_tile;
-
-  __device__ __forceinline__ void advance(const KeyTile& tile) {
-    if (++q_tile == tile.q_tile_end) q_tile = tile.q_tile_begin;
-    if (q_tile == tile.q_tile_first) ++h;
+//
+// Where key tiles add in order they go in descending order, so that those that see few queries
+// begin with what others have begun with. And under a mask all heads come to a query tile before
+// the next: head by head, those of fewer tiles would catch up with those that they have to wait
+// for.
+__device__ __forceinline__ QueryStep first_step(const BackwardCall& call, const KeyTile& tile) {
+  return {tile.h_kv * call.plan.group, tile.q_tile_first};
+}
+__device__ __forceinline__ void advance(QueryStep& step, const BackwardCall& call,
+                                        const KeyTile& tile) {
+  const bool ordered = call.buffers.added != nullptr;
+  if (ordered && call.args.mask.is_banded()) {
+    const int32_t group = call.plan.group;
+    if (++step.h < (tile.h_kv + 1) * group) return;
+    step.h -= group;
+    --step.q_tile;
+    return;
   }
-};
-__device__ __forceinline__ QueryStep first_step(const KeyTile& tile, int32_t group) {
-  return {tile.h_kv * group, tile.q_tile_first};
+  if (ordered) {
+    if (--step.q_tile < tile.q_tile_begin) step.q_tile = tile.q_tile_end - 1;
+  } else if (++step.q_tile == tile.q_tile_end) {
+    step.q_tile = tile.q_tile_begin;
+  }
+  if (step.q_tile == tile.q_tile_first) ++step.h;
 }
 // Among the query tiles of all heads.
 __device__ __forceinline__ uint32_t tile_index(const BackwardCall& call, const KeyTile& tile,
@@ -89,38 +105,57 @@ struct BackwardLoader {
                                             uint32_t target, uint32_t target_terms, uint32_t full,
                                             const KeyTile& tile, const QueryStep& step) const {
     ptx::mbarrier_arrive_expect(full, kConfig.q_bytes() + kConfig.terms_bytes());
+    ptx::bulk_load(target_terms, terms + int64_t{tile_index(call, tile, step)} * kConfig.tile_m,
+                   kConfig.terms_bytes(), full);
 #pragma unroll
     for (int c = 0; c < kConfig.boxes(); ++c) {
       ptx::tma_load(target + c * kConfig.q_box_bytes(), box.map, full, c * BackwardConfig::kColumns,
                     step.q_tile * kConfig.tile_m, step.h * box.step_h, tile.b * box.step_b);
     }
-    ptx::bulk_load(target_terms, terms + int64_t{tile_index(call, tile, step)} * kConfig.tile_m,
-                   kConfig.terms_bytes(), full);
   }
 
-  // The key tile after `index` for this block: those of a call without a mask go round the blocks,
-  // others are taken by whoever is free, the longest first.
-  __device__ __forceinline__ uint32_t next_index(uint32_t index) const {
+  // Tells the DqWriters about step i; if there is none, that there is no further one.
+  __device__ __forceinline__ void set_task(uint32_t i, const KeyTile& tile,
+                                           const QueryStep& step) const {
+    DqTask& task = smem.task(i);
+    wait(smem.task_empty(i), (i / BackwardConfig::kTasks % 2) ^ 1);
+    task.last = -1;
+    if (tile.steps >= 0) {
+      const IndexRange adders = adders_of(call.args, call.plan, step.q_tile);
+      task.index = tile_index(call, tile, step);
+      task.last = adders.size() - (call.buffers.finished_by_last ? 1 : 0);
+      task.place = call.buffers.added != nullptr
+                       ? tile.kv_begin / BackwardConfig::kTileN - adders.begin
+                       : -1;
+      task.b = tile.b;
+      task.h = step.h;
+      task.q_begin = step.q_tile * kConfig.tile_m;
+    }
+    ptx::mbarrier_arrive(smem.task_full(i));
+  }
+
+  // Which key tile comes first, and next. Those of a call without a mask go round the blocks,
+  // others are taken by whoever is free. Where they add in order even the first is taken, so that a
+  // block waits for others only that began earlier: of the order in which blocks start nothing is
+  // known.
+  __device__ __forceinline__ uint32_t first_index() const {
+    return call.buffers.added != nullptr ? atomicAdd(call.buffers.taken, 1u) : blockIdx.x;
+  }
+  __device__ __forceinline__ uint32_t next_index(uint32_t index, uint32_t tiles) const {
+    if (gridDim.x >= tiles) return tiles;
     if (call.buffers.taken == nullptr) return index + gridDim.x;
-    return gridDim.x + atomicAdd(call.buffers.taken, 1u);
+    const uint32_t taken = atomicAdd(call.buffers.taken, 1u);
+    return call.buffers.added != nullptr ? taken : gridDim.x + taken;
   }
 
-  // One thread, which chooses the key tiles and brings keys and values as soon as those before them
-  // have been read.
+  // One thread, which brings keys and values as soon as those before them have been read, and tells
+  // the DqWriters what comes.
   __device__ __forceinline__ void run_keys() const {
-    const auto tiles = static_cast<uint32_t>(call.plan.blocks());
-    uint32_t index = blockIdx.x;
+    uint32_t i = 0;  // steps of all key tiles
 #pragma unroll 1
     for (uint32_t count = 0;; ++count) {
-      KeyTile& tile = smem.tile(count);
-      const bool exists = index < tiles;
-      if (exists) {
-        set_key_tile<kConfig>(tile, call, index);
-        index = next_index(index);  // early: the answer takes a while
-      } else {
-        tile.steps = -1;
-      }
-      ptx::mbarrier_arrive(smem.tile_full(count));
+      wait(smem.tile_full(count), count / 2 % 2);
+      const KeyTile& tile = smem.tile(count);
       wait(smem.kv_empty(), (count % 2) ^ 1);
       if (tile.steps > 0) {
         load_keys(call.k, smem.k(), smem.k_full(), tile);
@@ -129,31 +164,49 @@ struct BackwardLoader {
         ptx::mbarrier_arrive(smem.k_full());
         ptx::mbarrier_arrive(smem.v_full());
       }
-      if (!exists) return;
+      QueryStep step = first_step(call, tile);
+#pragma unroll 1
+      for (int32_t n = tile.steps; n != 0; ++i) {
+        set_task(i, tile, step);
+        if (n < 0) return;
+        --n;
+        advance(step, call, tile);
+      }
+      ptx::mbarrier_arrive(smem.tile_empty(count));
     }
   }
-  // One thread, which brings queries and dO, the first of a key tile while the one before is
-  // computed.
+  // One thread, which chooses the key tiles and brings queries and dO, the first of a key tile
+  // while the one before is computed.
   __device__ __forceinline__ void run_queries() const {
+    const auto tiles = static_cast<uint32_t>(call.plan.blocks());
+    uint32_t index = first_index();
     uint32_t i = 0;  // steps of all key tiles
 #pragma unroll 1
     for (uint32_t count = 0;; ++count) {
-      wait(smem.tile_full(count), count / 2 % 2);
-      const KeyTile& tile = smem.tile(count);
-      if (tile.steps < 0) return;
-      QueryStep step = first_step(tile, call.plan.group);
+      KeyTile& tile = smem.tile(count);
+      wait(smem.tile_empty(count), (count / 2 % 2) ^ 1);
+      if (index < tiles) {
+        set_key_tile<kConfig>(tile, call, index);
+      } else {
+        tile.steps = -1;
+      }
+      ptx::mbarrier_arrive(smem.tile_full(count));
+      if (index >= tiles) return;
+      QueryStep step = first_step(call, tile);
 #pragma unroll 1
       for (int32_t n = tile.steps; n > 0; --n, ++i) {
         const int stage = i % Map::kStages;
         const uint32_t phase = i / Map::kStages % 2;
         wait(smem.q_empty(stage), phase ^ 1);
+        smem.step(stage) = step;
         load_rows(call.q, call.buffers.lse2, smem.q(stage), smem.lse2(stage), smem.q_full(stage),
                   tile, step);
         wait(smem.dout_empty(stage), phase ^ 1);
         load_rows(call.dout, call.buffers.delta, smem.dout(stage), smem.delta(stage),
                   smem.dout_full(stage), tile, step);
-        step.advance(tile);
+        advance(step, call, tile);
       }
+      index = next_index(index, tiles);
     }
   }
 };

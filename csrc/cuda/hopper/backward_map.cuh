@@ -32,6 +32,10 @@ struct BackwardMap {
   __device__ __forceinline__ uint32_t dq(int warp) const {
     return base + kConfig.dq_offset() + warp * kConfig.dq_warp_bytes();
   }
+  // What others have added to the dQ that a group finishes; then that dQ, rounded.
+  __device__ __forceinline__ uint32_t sums(int group) const {
+    return base + kConfig.sums_offset() + group * 4 * kConfig.dq_warp_bytes();
+  }
   __device__ __forceinline__ uint32_t lse2(int stage) const {
     return base + kConfig.terms_offset() + stage * kConfig.terms_bytes();
   }
@@ -46,6 +50,13 @@ struct BackwardMap {
   __device__ __forceinline__ KeyTile& tile(uint32_t i) const {
     return reinterpret_cast<KeyTile*>(generic + kConfig.tile_offset())[i % BackwardConfig::kTiles];
   }
+  __device__ __forceinline__ QueryStep& step(int stage) const {
+    return reinterpret_cast<QueryStep*>(generic + kConfig.step_offset())[stage];
+  }
+  // Of the i-th step of the block.
+  __device__ __forceinline__ DqTask& task(uint32_t i) const {
+    return reinterpret_cast<DqTask*>(generic + kConfig.task_offset())[i % BackwardConfig::kTasks];
+  }
   // A warp's share of all dS, where nobody reads them any more.
   __device__ __forceinline__ uint32_t ds_of_warp(int warp) const {
     return base + kConfig.ds_offset() + warp * kConfig.ds_warp_bytes();
@@ -58,6 +69,16 @@ struct BackwardMap {
   __device__ __forceinline__ uint32_t v_full() const { return barrier(1); }
   __device__ __forceinline__ uint32_t kv_empty() const { return barrier(14); }
   __device__ __forceinline__ uint32_t tile_full(uint32_t i) const { return barrier(15 + i % 2); }
+  __device__ __forceinline__ uint32_t tile_empty(uint32_t i) const { return barrier(17 + i % 2); }
+  __device__ __forceinline__ uint32_t dq_full(int group) const { return barrier(19 + group); }
+  __device__ __forceinline__ uint32_t dq_empty(int group) const { return barrier(21 + group); }
+  __device__ __forceinline__ uint32_t sums_full(int group) const { return barrier(23 + group); }
+  __device__ __forceinline__ uint32_t task_full(uint32_t i) const {
+    return barrier(25 + i % BackwardConfig::kTasks);
+  }
+  __device__ __forceinline__ uint32_t task_empty(uint32_t i) const {
+    return barrier(27 + i % BackwardConfig::kTasks);
+  }
   __device__ __forceinline__ uint32_t q_full(int stage) const { return barrier(2 + stage); }
   __device__ __forceinline__ uint32_t q_empty(int stage) const { return barrier(4 + stage); }
   __device__ __forceinline__ uint32_t dout_full(int stage) const { return barrier(6 + stage); }
@@ -71,8 +92,19 @@ struct BackwardMap {
     ptx::mbarrier_init(k_full(), 1);
     ptx::mbarrier_init(v_full(), 1);
     ptx::mbarrier_init(kv_empty(), kWarps);
-    ptx::mbarrier_init(tile_full(0), 1);
-    ptx::mbarrier_init(tile_full(1), 1);
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(tile_full(i), 1);
+      ptx::mbarrier_init(tile_empty(i), 1);
+    }
+    for (int i = 0; i < BackwardConfig::kTasks; ++i) {
+      ptx::mbarrier_init(task_full(i), 1);
+      ptx::mbarrier_init(task_empty(i), BackwardConfig::kGroups);
+    }
+    for (int group = 0; group < BackwardConfig::kGroups; ++group) {
+      ptx::mbarrier_init(dq_full(group), kConfig.dq_warps(group));
+      ptx::mbarrier_init(dq_empty(group), 1);
+      ptx::mbarrier_init(sums_full(group), 1);
+    }
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);
       ptx::mbarrier_init(q_empty(stage), kWarps);

@@ -19,25 +19,25 @@ struct alignas(16) Pack {
 // Padding rows: P is 0 there, and they must not look like rows that hold Inf or NaN.
 constexpr float kPaddingLse = 1e38f;
 
-// 8 threads share a row of 64 columns, 16 one of 128. What a row reads and zeroes does not depend
-// on the others, so that a row's terms are the same in any batch.
+// 8 threads share a row of 64 columns, 16 one of 128. What a row reads does not depend on the
+// others, so that a row's terms are the same in any batch.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardArgs args,
-                        const __grid_constant__ BackwardBuffers buffers, int64_t rows,
-                        int32_t head_rows, int lanes) {
+                        const __grid_constant__ BackwardBuffers buffers, uint32_t rows,
+                        uint32_t head_rows, int32_t tile_m, int lanes) {
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
-  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is written last is used first
-  const int64_t row = int64_t{block} * (kThreads / lanes) + threadIdx.x / lanes;
+  const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is read last is used first
+  const uint32_t row = block * (kThreads / lanes) + threadIdx.x / lanes;
   if (buffers.taken != nullptr && row == 0 && lane == 0) *buffers.taken = 0;
   if (row >= rows) return;  // whole rows, of half a warp at least
-  const int64_t head = row / head_rows;
+  const uint32_t head = row / head_rows, heads = static_cast<uint32_t>(shape.H);
   const auto s = static_cast<int32_t>(row % head_rows);
+  const int64_t b = head / heads, h = head % heads;
   float sum = 0;
   const bool exists = s < shape.S_q;
   if (exists && lane * kVector < shape.D_v) {
-    const int64_t b = head / shape.H, h = head % shape.H;
     const auto* out = args.out.template row<const Element>(b, h, s) + lane * kVector;
     const auto* dout = args.dout.template row<const Element>(b, h, s) + lane * kVector;
     const auto x = *reinterpret_cast<const Pack<Element>*>(out);
@@ -47,19 +47,33 @@ __global__ void __launch_bounds__(kThreads)
       sum += static_cast<float>(x.e[e]) * static_cast<float>(y.e[e]);
     }
   }
-  float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * lanes * kVector);
-  zeros[lane] = float4{};
-  zeros[lane + lanes] = float4{};
+  if (buffers.added != nullptr) {
+    if (s % tile_m == 0 && lane < BackwardConfig::kGroups) {
+      buffers.added[counter_place(row / static_cast<uint32_t>(tile_m), lane)] = 0;
+    }
+  } else {
+    float4* zeros = reinterpret_cast<float4*>(buffers.dq_sums + int64_t{row} * lanes * kVector);
+    zeros[lane] = float4{};
+    zeros[lane + lanes] = float4{};
+  }
+  if (args.mask.is_banded() && exists && lane * kVector < shape.D && args.dq.data != nullptr) {
+    // A query tile that sees no key gets its dQ here, nobody else comes by.
+    const int32_t q_begin = s / tile_m * tile_m;
+    const int32_t q_end = min(q_begin + tile_m, static_cast<int32_t>(shape.S_q));
+    if (args.mask.kv_range(q_begin, q_end).size() == 0) {
+      *reinterpret_cast<uint4*>(args.dq.template row<Element>(b, h, s) + lane * kVector) = uint4{};
+    }
+  }
   const uint32_t among = lanes == 32 ? ~0u : ((1u << lanes) - 1) << (threadIdx.x % 32u - lane);
   for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(among, sum, other);
   if (lane != 0) return;
-  const int64_t place = row - s + BackwardConfig::term_place(s);
+  const int64_t place = int64_t{row} - s + BackwardConfig::term_place(s);
   if (!exists) {
     buffers.delta[place] = 0;
     buffers.lse2[place] = kPaddingLse;
     return;
   }
-  const int64_t index = head * shape.S_q + s;
+  const int64_t index = int64_t{head} * shape.S_q + s;
   const float dlse = args.dlse == nullptr ? 0 : static_cast<const float*>(args.dlse)[index];
   const float lse = static_cast<const float*>(args.lse)[index];
   buffers.delta[place] = sum - dlse;  // (E28)
@@ -107,10 +121,11 @@ template <typename Element>
 Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const BackwardConfig& config,
                   const BackwardBuffers& buffers, void* stream) {
   const int lanes = config.boxes() * BackwardConfig::kColumns / kVector;
-  const auto head_rows = static_cast<int32_t>(plan.q_tiles * config.tile_m);
-  const int64_t rows = args.shape.B * args.shape.H * head_rows;
+  const auto head_rows = static_cast<uint32_t>(plan.q_tiles * config.tile_m);
+  // Fewer than 2^32: the sums of so many rows are larger than any memory.
+  const auto rows = static_cast<uint32_t>(args.shape.B * args.shape.H * head_rows);
   return launch(prepare_rows_kernel<Element>, ceil_div<int64_t>(rows, kThreads / lanes), kThreads,
-                0, stream, args, buffers, rows, head_rows, lanes);
+                0, stream, args, buffers, rows, head_rows, config.tile_m, lanes);
 }
 
 template <typename Element>

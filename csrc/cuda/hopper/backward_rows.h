@@ -7,7 +7,8 @@
 
 namespace online_attention::cuda::hopper {
 
-// lse2 and delta of every query row, zeros in the sums of dQ.
+// lse2 and delta of every query row, zeros in the counters and in sums that are not ordered, zeros
+// in the dQ of query tiles that see no key.
 Status prepare_rows(const BackwardArgs& args, const BackwardPlan& plan,
                     const BackwardConfig& config, const BackwardBuffers& buffers, void* stream);
 // dQ from its sums.

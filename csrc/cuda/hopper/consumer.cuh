@@ -10,6 +10,7 @@ namespace online_attention::cuda::hopper {
 template <typename Element, ForwardConfig kConfig>
 struct Consumer {
   using Map = SharedMap<kConfig>;
+  using Rows = WarpgroupTile<Element, kConfig>;
   static constexpr bool kTight = kConfig.value_dim > 192;  // no register to spare
 
   const ForwardCall& call;
@@ -18,13 +19,12 @@ struct Consumer {
   uint32_t opened = 0;  // query tiles before this one
   uint32_t tiles = 0;   // key tiles whose scores are done; the values of the last are still to come
   bool k_came = false;  // whether the keys of the next one are known to be there
-  WarpgroupTile<Element, kConfig> rows;
+  Rows rows;
+  typename Rows::Scores scores;
   bool nonfinite = false;  // some value of the query tile was, see inspect_values
 
-  // The last key tile whose scores were started, whether it is the first of its query tile and
-  // whether the mask cuts it.
+  // The last key tile whose scores were started, and the last of the query tile.
   int32_t kv, kv_begin;
-  bool first, cut;
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
 
@@ -55,70 +55,72 @@ struct Consumer {
   __device__ __forceinline__ void start_scores() {
     const int stage = stage_of(tiles);
     if (!k_came) wait(smem.k_full(stage), phase_of(tiles));
-    rows.start_scores(smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
+    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
   }
   // O += P V of the last key tile, whose values have come.
-  template <bool kPlain>
-  __device__ __forceinline__ void start_out() {
-    const int stage = stage_of(tiles - 1);
-    if (!kPlain && cut && call.args.mask.is_banded()) nonfinite |= smem.nonfinite(stage) != 0;
-    rows.start_out(smem.v(stage), kPlain || !first);
-  }
+  __device__ __forceinline__ void start_out() { rows.start_out(smem.v(stage_of(tiles - 1))); }
   // S has been computed: gives back the keys and, after the last of them, the queries.
   __device__ __forceinline__ void release_k() {
-    if (!speaks()) return;
-    ptx::mbarrier_arrive(smem.k_empty(stage_of(tiles)));
-    if (kv == kv_begin) ptx::mbarrier_arrive(smem.q_empty(q_stage()));
+    ptx::mbarrier_arrive_if(smem.k_empty(stage_of(tiles)), speaks());
+    ptx::mbarrier_arrive_if(smem.q_empty(q_stage()), speaks() && kv == kv_begin);
   }
   __device__ __forceinline__ void release_v() {
-    if (speaks()) ptx::mbarrier_arrive(smem.v_empty(stage_of(tiles - 1)));
+    ptx::mbarrier_arrive_if(smem.v_empty(stage_of(tiles - 1)), speaks());
   }
 
-  // What comes before (E6). `kPlain`: no mask cuts the tile, it is not the first of its query tile,
-  // and the scale is positive.
-  __device__ __forceinline__ void prepare_scores() {
-    if (first) rows.reset_softmax();
-    if (call.sign != 1) rows.scale_scores(call.sign);
-    if (cut) rows.hide(call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
+  // Consumers that start their products one after the other do not wait for each other's later. A
+  // turn is a step, of which all have the same number in a call without a mask.
+  __device__ __forceinline__ bool has_turns() const {
+    return kConfig.turns && !call.args.mask.is_banded();
+  }
+  __device__ __forceinline__ void take_turn() const {
+    if (has_turns()) ptx::barrier_sync(kTurnBarrier + group, 2 * 128);
+  }
+  __device__ __forceinline__ void give_turn() const {
+    if (has_turns()) ptx::barrier_arrive(kTurnBarrier + (group + 1) % kConfig.consumers, 2 * 128);
   }
 
-  // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter.
-  // The softmax takes the tile's columns in two halves: sums and rounding of the first run under
-  // the exponentials of the second.
-  //
-  // The branches in the softmax stand where they do because ptxas moves no instruction across one.
-  // Without them it adds each probability to its sum as soon as it has issued the exponential, and
-  // waits for that one's latency 64 times; and it lets most exponentials wait for O.
+  // What comes before (E6). Returns whether the mask cuts the tile.
+  __device__ __forceinline__ bool prepare_scores() {
+    const bool cut = is_cut<kConfig>(tile(), kv);
+    if (call.sign != 1) rows.scale_scores(scores, call.sign);
+    if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
+    return cut && call.args.mask.is_banded();
+  }
+  // Values that the inspectors have looked through.
+  __device__ __forceinline__ void note_nonfinite() {
+    nonfinite |= smem.nonfinite(stage_of(tiles)) != 0;
+  }
+
+  // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter,
+  // which must have ended before P is written: half the exponentials come first. `kPlain`: no mask
+  // cuts the tile, and the scale is positive.
   template <bool kPlain>
   __device__ __forceinline__ void step() {
+    take_turn();
     start_scores();
-    start_out<kPlain>();
-    const bool v_came = values_came();
+    start_out();
+    give_turn();
     ptx::wgmma_wait<1>();
-    ptx::held(rows.scores);
+    ptx::held(scores);
     release_k();
-    if constexpr (!kPlain) {
-      first = false;
-      cut = is_cut<kConfig>(tile(), kv);
-      prepare_scores();
-    }
-    const bool raised = rows.raise_maxima(call.scale_log2);
-    rows.subtract_maxima();
-    rows.template weigh<0>();
-    ptx::held(rows.scores);
+    const bool inspected = !kPlain && prepare_scores();
+    const bool raised = rows.raise_maxima(scores, call.scale_log2);
+    const bool v_came = values_came();
+    auto w = rows.begin_weighing(scores);
+    rows.template weigh<0, Rows::kMiddle>(scores, w);
+    ptx::held(scores);
     wait_values(v_came);
+    if (inspected) note_nonfinite();
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
     release_v();
     ++tiles;
     k_came = keys_came();
-    rows.template weigh<1>();
-    rows.template absorb<0>();
-    ptx::held(rows.scores);
-    ptx::held(rows.p);
-    if (raised) rows.rescale(rows.alpha);  // a branch
-    rows.template absorb<1>();
+    if (raised) rows.rescale(rows.alpha);
+    rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
+    rows.end_weighing(scores, w);
   }
 
   // The first key behind those that the warpgroup's rows see.
@@ -146,27 +148,26 @@ struct Consumer {
 
   // The first key tile of a query tile, with no product of this warpgroup beside it.
   __device__ __forceinline__ void begin_rows() {
-    first = true;
-    cut = is_cut<kConfig>(tile(), kv);
+    rows.reset();
     start_scores();
     const bool v_came = values_came();
     ptx::wgmma_wait<0>();
-    ptx::held(rows.scores);
+    ptx::held(scores);
     release_k();
-    prepare_scores();
-    rows.raise_maxima(call.scale_log2);
-    rows.subtract_maxima();
-    rows.template weigh<0>();
-    rows.template weigh<1>();
-    rows.template absorb<0>();
-    rows.template absorb<1>();
+    const bool inspected = prepare_scores();
+    rows.raise_to_tile(scores, call.scale_log2);
+    auto w = rows.begin_weighing(scores);
+    rows.template weigh<0, Rows::kScores>(scores, w);
+    rows.end_weighing(scores, w);
     wait_values(v_came);
+    if (inspected) note_nonfinite();
     ++tiles;
     k_came = keys_came();
   }
 
-  __device__ __forceinline__ int32_t plain_end() const {
-    return max(kv_begin, tile().plain_begin) + kConfig.tile_n;
+  // No mask cuts the key tiles from here on up to plain_end of the query tile.
+  __device__ __forceinline__ int32_t plain_begin() const {
+    return call.sign == 1 ? max(kv_begin, tile().plain_begin) : INT32_MAX;
   }
 
   __device__ __forceinline__ void run_rows() {
@@ -176,17 +177,19 @@ struct Consumer {
     begin_rows();
     while (kv != kv_begin) {
       kv -= kConfig.tile_n;
-      step<false>();
-      if (cut || call.sign != 1) continue;
-      // From one that no mask cuts on, down to the first key that all rows see.
-      const int32_t end = kTight ? 0 : plain_end();
+      if (kv < plain_begin() || kv + kConfig.tile_n > tile().plain_end) {
+        step<false>();
+        continue;
+      }
+      const int32_t end = kTight ? 0 : plain_begin() + kConfig.tile_n;
 #pragma unroll 1
-      while (kv >= (kTight ? plain_end() : end)) {
-        kv -= kConfig.tile_n;
+      for (;;) {
         step<true>();
+        if (kv < (kTight ? plain_begin() + kConfig.tile_n : end)) break;
+        kv -= kConfig.tile_n;
       }
     }
-    start_out<false>();
+    start_out();
     rows.sum_quads();
     finish_states(tile());
     ptx::wgmma_wait<0>();
@@ -198,13 +201,12 @@ struct Consumer {
   // A split with no key that the query tile sees.
   __device__ __forceinline__ void pass_rows() {
     if (speaks()) ptx::mbarrier_arrive(smem.q_empty(q_stage()));
-    rows.reset_softmax();
-#pragma unroll
-    for (float& x : rows.out) x = 0;
+    rows.reset();
     finish_states(tile());
   }
 
   __device__ __forceinline__ void run() {
+    if (group == kConfig.consumers - 1) give_turn();
     for (;; ++opened) {
       wait(smem.q_full(q_stage()), opened / kConfig.q_stages % 2);
       if (tile().row_begin < 0) return;
@@ -236,14 +238,13 @@ struct Consumer {
     const bool whole = call.plan.splits == 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const SoftmaxRow<float>& row = rows.softmax[h];
-      rows.alpha[h] = whole ? row.inverse_sum() : 1;  // (E9)
+      rows.alpha[h] = whole ? rows.inverse_sum(h) : 1;
       const RowPlace at = place(tile, rows.row(h));
       if (!at.exists || rows.lane() % 4 != 0) continue;
       if (whole) {
-        static_cast<float*>(call.args.lse)[at.row] = row.lse();  // (E10)
+        static_cast<float*>(call.args.lse)[at.row] = rows.lse(h);
       } else {
-        call.partial.states[tile.split * call.partial.rows + at.row] = row;
+        call.partial.states[tile.split * call.partial.rows + at.row] = rows.softmax[h];
       }
     }
   }

@@ -45,7 +45,7 @@ constexpr Buckets one_bucket() {
 }
 constexpr Buckets kBuckets[] = {
     {bucket<64, 64, 128>(), bucket<64, 64, 192>(), 0, 2048},
-    one_bucket<96, 96>(),
+    {bucket<96, 96, 128>(), bucket<96, 96, 192>(), 2048, 2048},
     {bucket<128, 128, 128>(), bucket<128, 128, 192>(), 2048, 8192},
     one_bucket<192, 128>(),
     one_bucket<192, 192>(),

@@ -24,9 +24,8 @@ __global__ void __launch_bounds__(kForward<kHeadDim, kValueDim, kRows>.threads()
 
 // Fills in a call but what lies in the workspace.
 inline Status describe_call(const ForwardArgs& args, const ForwardConfig& config,
-                            int multiprocessors, ForwardCall& call) {
+                            const ForwardPlan& plan, ForwardCall& call) {
   const Shape& s = args.shape;
-  const ForwardPlan plan = plan_forward(args, config, multiprocessors);
   call.plan = plan.tiles;
   call.first_query = plan.first_query;
   call.last_query = plan.last_query;
@@ -43,19 +42,20 @@ inline Status describe_call(const ForwardArgs& args, const ForwardConfig& config
 }
 
 // Fills in the rest.
-inline void place_workspace(void* workspace, ForwardCall& call) {
-  call.taken = ForwardPlan::counts(call.args) ? static_cast<uint32_t*>(workspace) : nullptr;
-  void* behind = static_cast<char*>(workspace) + ForwardPlan::kCounterBytes;
+inline void place_workspace(void* workspace, const ForwardPlan& plan, ForwardCall& call) {
+  call.taken = plan.counts ? static_cast<uint32_t*>(workspace) : nullptr;
+  void* behind = static_cast<char*>(workspace) + plan.counter_bytes();
   call.partial = SplitBuffers<float>::in(behind, call.plan, call.args.shape);
 }
 
 template <typename Element, int kHeadDim, int kValueDim, int kRows>
 Status launch_forward(const ForwardArgs& args, const Launch& on) {
   constexpr ForwardConfig kConfig = kForward<kHeadDim, kValueDim, kRows>;
+  const ForwardPlan plan = plan_forward(args, kConfig, on.device.multiprocessors);
   ForwardCall call;
-  const Status status = describe_call(args, kConfig, on.device.multiprocessors, call);
+  const Status status = describe_call(args, kConfig, plan, call);
   if (status != kOk) return status;
-  place_workspace(on.workspace, call);
+  place_workspace(on.workspace, plan, call);
   if (call.taken != nullptr) {
     const cudaError_t error =
         cudaMemsetAsync(call.taken, 0, sizeof(*call.taken), static_cast<cudaStream_t>(on.stream));

@@ -43,6 +43,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const ForwardConfig& config,
       tiles.lead_section_heads = wave;
     }
   }
+  plan.counts = args.mask.is_banded() && tiles.tiles() > multiprocessors;
   return plan;
 }
 

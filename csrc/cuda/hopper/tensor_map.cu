@@ -33,15 +33,16 @@ Dimension dimension(int64_t size, int64_t stride, int64_t element_bytes) {
   return {static_cast<uint64_t>(size), static_cast<uint64_t>(stride * element_bytes)};
 }
 
-// A map of 64 columns and box_rows[i] of each further dimension.
+// A map of `columns`, 64 of them swizzled, and box_rows[i] of each further dimension.
 template <int kRank>
 Status encode_map(const View& view, int64_t D, DType dtype, const Dimension (&dimensions)[kRank],
-                  const cuuint32_t (&box_rows)[kRank], CUtensorMap& map) {
+                  const cuuint32_t (&box_rows)[kRank], CUtensorMap& map,
+                  cuuint32_t columns = ForwardConfig::kColumns) {
   const Encode encode = encoder();
   if (encode == nullptr)
     return "the CUDA driver is too old for tensor maps: it must be 12.0 or newer";
   cuuint64_t size[kRank + 1] = {static_cast<cuuint64_t>(D)}, stride[kRank];
-  cuuint32_t extent[kRank + 1] = {ForwardConfig::kColumns}, step[kRank + 1] = {1};
+  cuuint32_t extent[kRank + 1] = {columns}, step[kRank + 1] = {1};
   for (int i = 0; i < kRank; ++i) {
     size[i + 1] = dimensions[i].size;
     stride[i] = dimensions[i].stride_bytes;
@@ -52,8 +53,8 @@ Status encode_map(const View& view, int64_t D, DType dtype, const Dimension (&di
       &map,
       dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       kRank + 1, view.data, size, stride, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      columns == ForwardConfig::kColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return error == CUDA_SUCCESS ? kOk
                                : "the CUDA driver refused to describe a tensor to the copy engine";
 }
@@ -61,14 +62,15 @@ Status encode_map(const View& view, int64_t D, DType dtype, const Dimension (&di
 }  // namespace
 
 Status describe(const View& view, const TensorSizes& sizes, DType dtype, int box_rows,
-                TensorBox& box) {
+                TensorBox& box, int columns) {
   const int64_t bytes = element_bytes(dtype);
   const Dimension rows[] = {dimension(sizes.S, view.stride_s, bytes),
                             dimension(sizes.H, view.stride_h, bytes),
                             dimension(sizes.B, view.stride_b, bytes)};
   box.step_h = rows[1].size > 1;
   box.step_b = rows[2].size > 1;
-  return encode_map(view, sizes.D, dtype, rows, {static_cast<cuuint32_t>(box_rows), 1, 1}, box.map);
+  return encode_map(view, sizes.D, dtype, rows, {static_cast<cuuint32_t>(box_rows), 1, 1}, box.map,
+                    static_cast<cuuint32_t>(columns));
 }
 
 Status describe_packed(const View& view, const TensorSizes& sizes, DType dtype, int box_rows,

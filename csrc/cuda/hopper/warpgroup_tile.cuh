@@ -9,6 +9,7 @@
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/product.cuh"
+#include "cuda/ptx/approximate.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::hopper {
@@ -35,143 +36,169 @@ struct WarpgroupTile : WarpgroupThread {
   static constexpr int kOuts = kConfig.value_dim / 2;
   static constexpr float kSlack = 8;  // see SoftmaxRow::raise_lazily
 
-  float scores[kScores];
+  // Those of one key tile: S, then exponents, then probabilities before rounding.
+  using Scores = float[kScores];
+
   float out[kOuts];
   uint32_t p[kScores / 2];
   SoftmaxRow<float> softmax[2];
   float alpha[2];
-  bool huge;     // some row's maximum is beyond kFusedUpTo
   float factor;  // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
   // Starts S = Q K^T.
-  __device__ __forceinline__ void start_scores(uint32_t q, uint32_t k) {
+  __device__ __forceinline__ void start_scores(Scores& scores, uint32_t q, uint32_t k) {
     start_rows_by_rows<Element, kConfig.head_dim, 64 * 128, kConfig.tile_n * 128>(scores, q, k);
   }
-  // Starts O += P V, or O = P V.
-  __device__ __forceinline__ void start_out(uint32_t v, bool accumulate) {
-    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v,
-                                                                              accumulate);
+  // Starts O += P V.
+  __device__ __forceinline__ void start_out(uint32_t v) {
+    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v, true);
   }
 
-  __device__ __forceinline__ void scale_scores(float factor) {
+  __device__ __forceinline__ void scale_scores(Scores& scores, float factor) {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) scores[i] = rounded_product(scores[i], factor);
   }
 
+  // Which of a thread's columns of a row, 8n + j as bit 2n + j, lie below `end`.
+  __device__ __forceinline__ static uint32_t columns_below(int32_t end) {
+    const int32_t inside = min(max(end, 0), kConfig.tile_n);
+    const int32_t count = inside / 8 * 2 + min(inside % 8, 2);
+    return count == 32 ? 0xffffffffu : (1u << count) - 1;
+  }
   // Hides what the mask hides: those scores become -inf, whatever they were.
   // `row_begin` is the warpgroup's first row.
-  __device__ __forceinline__ void hide(const Mask& mask, const TilePlan& plan, int32_t row_begin,
-                                       int32_t kv) {
-    const int32_t kv_lane = kv + lane() % 4 * 2;
-    // The columns that the whole warp sees end where its first row's do, or its last one sees none.
-    const int32_t first_q = plan.query_of(row_begin + 16 * warp());
-    const int32_t last_q = plan.query_of(row_begin + 16 * warp() + 15);
-    const int32_t seen_by_all =
-        min(mask.kv_range(first_q, first_q + 1).end, mask.kv_range(last_q, last_q + 1).end) - kv;
-    int32_t begin[2], end[2];
+  __device__ __forceinline__ void hide(Scores& scores, const Mask& mask, const TilePlan& plan,
+                                       int32_t row_begin, int32_t kv) {
+    static_assert(kConfig.tile_n <= 128, "a word has a bit for each of the thread's columns");
+    const int32_t kv_lane = kv + column();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int32_t q_idx = plan.query_of(row_begin + row(h));
-      const KvRange seen = mask.kv_range(q_idx, q_idx + 1);
-      begin[h] = seen.begin - kv_lane;
-      end[h] = seen.end - kv_lane;
-    }
-    constexpr int kStep = 16;  // columns
+      const KvRange range = mask.kv_range(q_idx, q_idx + 1);
+      const uint32_t seen =
+          columns_below(range.end - kv_lane) & ~columns_below(range.begin - kv_lane);
 #pragma unroll
-    for (int column = 0; column < kConfig.tile_n; column += kStep) {
-      if (seen_by_all >= column + kStep) continue;
-#pragma unroll
-      for (int i = column / 2; i < (column + kStep) / 2; ++i) {
-        if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) scores[i] = -kInfinity<float>;
+      for (int i = 2 * h; i < kScores; i += i % 2 == 0 ? 1 : 3) {
+        if ((seen >> (i / 4 * 2 + i % 2) & 1) == 0) scores[i] = -kInfinity<float>;
       }
-    }
-    if (!__any_sync(0xffffffffu, max(begin[0], begin[1]) > -8)) return;  // begin > 0 for some lane
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      if (i / 4 * 8 + i % 2 < begin[i / 2 % 2]) scores[i] = -kInfinity<float>;
     }
   }
 
   // No key has been seen.
-  __device__ __forceinline__ void reset_softmax() {
+  __device__ __forceinline__ void reset() {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      softmax[h] = {};
-    }
-    huge = false;
+    for (float& x : out) x = 0;
+#pragma unroll
+    for (SoftmaxRow<float>& row : softmax) row = {};
   }
 
   // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
   // to the new ones, by alpha: rarely after the first tiles.
-  __device__ __forceinline__ bool raise_maxima(float scale_log2) {
-    float tile_max[2];  // of the thread's own columns: lanes ask each other only where it matters
+  __device__ __forceinline__ bool raise_maxima(Scores& scores, float scale_log2) {
     bool beyond = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float even = scores[2 * h], odd = scores[2 * h + 1];  // two chains are faster than one
+      // Of the thread's own columns: lanes ask each other only where it matters. Read as integers,
+      // of which the device takes three at once, numbers keep their order if one of them is
+      // positive; if none is, none is beyond a maximum above -kSlack.
+      int32_t even = __float_as_int(scores[2 * h]), odd = even;
+#pragma unroll
+      for (int n = 0; n < kConfig.tile_n / 8; ++n) {
+        const int32_t a = __float_as_int(scores[4 * n + 2 * h]);
+        const int32_t b = __float_as_int(scores[4 * n + 2 * h + 1]);
+        int32_t& chain = n % 2 == 0 || kConfig.value_dim > 192 ? even : odd;  // if registers do
+        chain = __vimax3_s32(chain, a, b);
+      }
+      const float m = softmax[h].m;
+      beyond |= __int_as_float(max(even, odd)) * scale_log2 - m > kSlack ||
+                __float_as_uint(m + kSlack) > __float_as_uint(kFusedUpTo<float>);
+    }
+    const bool raised = __any_sync(0xffffffffu, beyond);
+    factor = scale_log2;
+    if (raised) raise_to_tile(scores, scale_log2);
+    return raised;
+  }
+  // The same by floating-point maxima of whole rows, whatever they are.
+  __device__ __forceinline__ void raise_to_tile(Scores& scores, float scale_log2) {
+    factor = scale_log2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float even = scores[2 * h], odd = scores[2 * h + 1];
 #pragma unroll
       for (int n = 1; n < kConfig.tile_n / 8; ++n) {
         even = max_of(even, scores[4 * n + 2 * h]);
         odd = max_of(odd, scores[4 * n + 2 * h + 1]);
       }
-      tile_max[h] = max_of(even, odd);
-      beyond |= tile_max[h] * scale_log2 - softmax[h].m > kSlack;
+      const float tile_max = max_of(even, odd);
+      alpha[h] = softmax[h].raise_lazily(quad_max(tile_max) * scale_log2, kSlack);
+      softmax[h].absorb(alpha[h], 0);
     }
-    const bool raised = __any_sync(0xffffffffu, beyond || huge);
-    factor = scale_log2;
-    if (raised) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        alpha[h] = softmax[h].raise_lazily(quad_max(tile_max[h]) * scale_log2, kSlack);
-        softmax[h].absorb(alpha[h], 0);
-      }
-      huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
-                                         fabsf(softmax[1].base()) > kFusedUpTo<float>);
-      if (huge) {
-        scale_scores(scale_log2);
-        factor = 1;
-      }
+    const bool huge = __any_sync(0xffffffffu, fabsf(softmax[0].base()) > kFusedUpTo<float> ||
+                                                  fabsf(softmax[1].base()) > kFusedUpTo<float>);
+    if (huge) {
+      scale_scores(scores, scale_log2);
+      factor = 1;
     }
-    return raised;
   }
 
-  // Half of the tile's columns, first or second: its registers.
-  static constexpr int kMiddle = kScores / 16 * 8;
-  template <int kHalf>
-  static constexpr int kBegin = kHalf == 0 ? 0 : kMiddle;
-  template <int kHalf>
-  static constexpr int kEnd = kHalf == 0 ? kMiddle : kScores;
-
-  // (E7) The scores become exponents, and those of one half probabilities.
-  __device__ __forceinline__ void subtract_maxima() {
-    const float base[2] = {softmax[0].base(), softmax[1].base()};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) scores[i] = fmaf(scores[i], factor, -base[i / 2 % 2]);
+  // (E7), (E8) Exponents, probabilities, sums, rounding of a key tile. Instructions are written in
+  // the order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
+  // stands between two of them, for scores that come later or earlier, is free.
+  static constexpr int kMiddle = kScores / 16 * 8;  // from here on P may be written
+  static constexpr int kLead = 8, kLag = 8;
+  struct Weighing {
+    float base[2];
+    float sum[4];
+  };
+  __device__ __forceinline__ float exponent(float score, const Weighing& w, int i) const {
+    return fmaf(score, factor, -w.base[i / 2 % 2]);
   }
-  template <int kHalf>
-  __device__ __forceinline__ void weigh() {
+  __device__ __forceinline__ Weighing begin_weighing(Scores& scores) {
+    Weighing w = {{softmax[0].base(), softmax[1].base()}, {}};
 #pragma unroll
-    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) scores[i] = exp2_of(scores[i]);
+    for (int i = 0; i < kLead; ++i) scores[i] = exponent(scores[i], w, i);
+    return w;
   }
-  // (E8) for the sums, which stay spread over the quad, and P of one half, rounded: not while a
-  // product reads the last one.
-  template <int kHalf>
-  __device__ __forceinline__ void absorb() {
-    float sum[4] = {};
+  __device__ __forceinline__ void round(const Scores& scores, int pair) {
+    p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
+  }
+  // Pairs rounded before the i-th exponential.
+  ONLINE_ATTENTION_HD static constexpr int rounded_before(int i) {
+    const int steps = i - kMiddle, weighed = (i - kLag) / 2;
+    return i < kMiddle || i < kLag ? 0 : steps < weighed ? steps : weighed;
+  }
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void weigh(Scores& scores, Weighing& w) {
 #pragma unroll
-    for (int i = kBegin<kHalf>; i < kEnd<kHalf>; ++i) sum[i % 4] += scores[i];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sum[2 * h] + sum[2 * h + 1]);
-#pragma unroll
-    for (int i = kBegin<kHalf> / 2; i < kEnd<kHalf> / 2; ++i) {
-      p[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
+    for (int i = kBegin; i < kEnd; ++i) {
+      scores[i] = exp2_of(scores[i]);
+      if (i + kLead < kScores) scores[i + kLead] = exponent(scores[i + kLead], w, i + kLead);
+      if (i >= kLag) w.sum[(i - kLag) % 4] += scores[i - kLag];
+      if (rounded_before(i + 1) > rounded_before(i)) round(scores, rounded_before(i));
     }
+  }
+  __device__ __forceinline__ void end_weighing(const Scores& scores, Weighing& w) {
+#pragma unroll
+    for (int i = kScores - kLag; i < kScores; ++i) w.sum[i % 4] += scores[i];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, w.sum[2 * h] + w.sum[2 * h + 1]);
+#pragma unroll
+    for (int i = rounded_before(kScores); i < kScores / 2; ++i) round(scores, i);
   }
 
   // The sums of whole rows, after the last tile.
   __device__ __forceinline__ void sum_quads() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) softmax[h].l = quad_sum(softmax[h].l);
+  }
+
+  // (E9), (E10). The sum of a row that saw a key lies between 1 and 2^kSlack S_kv, where the
+  // approximate instructions are good to 2^-22.
+  __device__ __forceinline__ float inverse_sum(int h) const {
+    return softmax[h].l == 0 ? 0 : ptx::reciprocal(softmax[h].l);
+  }
+  __device__ __forceinline__ float lse(int h) const {
+    return (softmax[h].m + ptx::log2(softmax[h].l)) * static_cast<float>(kLn2);
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {

@@ -17,6 +17,14 @@ __device__ __forceinline__ void bulk_load(uint32_t shared_dst, const void* globa
       : "memory");
 }
 
+// cp.async.bulk.global.shared::cta.bulk_group (PTX 8.0, sm_90). Belongs to the groups of
+// tma_store_commit. Needs fence_async_proxy by whoever wrote the shared memory.
+__device__ __forceinline__ void bulk_store(void* global_dst, uint32_t shared_src, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global_dst),
+               "r"(shared_src), "r"(bytes)
+               : "memory");
+}
+
 // cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 (PTX 8.0, sm_90): adds floats to
 // memory, each by itself. Belongs to the groups of tma_store_commit. Needs fence_async_proxy by
 // whoever wrote the shared memory.

@@ -25,6 +25,15 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same by the threads for which `arrives` holds, without a branch.
+__device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool arrives) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(barrier),
+      "r"(static_cast<int>(arrives))
+      : "memory");
+}
+
 // mbarrier.arrive.expect_tx.shared::cta.b64 (PTX 8.0, sm_90): arrives, and the phase also waits for
 // this many bytes.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {

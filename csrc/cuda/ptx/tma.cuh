@@ -62,6 +62,20 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// cp.async.bulk.wait_group (PTX 8.0, sm_90): until at most kPending groups of this thread's stores
+// have still to be written; it sees those that have been.
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// fence.proxy.async.global (PTX 8.0, sm_90): this thread's ordinary accesses to global memory, and
+// what they have made visible, come before copies that are issued after it, and the other way
+// round.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // fence.proxy.async.shared::cta (PTX 8.0, sm_90): this thread's ordinary accesses to shared memory
 // come before accesses by copies and warpgroup products that are issued after it.
 __device__ __forceinline__ void fence_async_proxy() {

@@ -10,7 +10,8 @@ namespace online_attention::cuda::ptx {
 
 // wgmma.mma_async.sync.aligned.m64n64k16.f32, A and B in shared memory, A K-major, B MN-major.
 template <typename Element>
-__device__ __forceinline__ void wgmma_ss_columns(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void wgmma_ss_columns(float (&d)[32], uint64_t a, uint64_t b,
+                                                 int accumulate) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32%35%35 {"
@@ -27,7 +28,8 @@ __device__ __forceinline__ void wgmma_ss_columns(float (&d)[32], uint64_t a, uin
 
 // wgmma.mma_async.sync.aligned.m64n128k16.f32, A and B in shared memory, A K-major, B MN-major.
 template <typename Element>
-__device__ __forceinline__ void wgmma_ss_columns(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void wgmma_ss_columns(float (&d)[64], uint64_t a, uint64_t b,
+                                                 int accumulate) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32%67%67 {"

@@ -28,7 +28,6 @@ Errors are those of :func:`online_attention.attention`; what is not built yet ra
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import NoReturn
@@ -102,13 +101,14 @@ def flash_attn_func(
         causal=causal, deterministic=deterministic, return_attn_probs=return_attn_probs
     )
     _check_unbuilt(softcap, alibi_slopes)
+    scale = None if softmax_scale is None else checks.check_scale(softmax_scale, "softmax_scale")
     try:
         out, lse = attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             causal=_is_causal(window_size, causal, q.shape[1], k.shape[1]),
-            scale=_scale(softmax_scale),
+            scale=scale,
             return_lse=True,
             dropout_p=dropout_p,
             deterministic=True if deterministic else None,
@@ -359,20 +359,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"H must be a multiple of H_k, but q has H = {H} heads and k has H_k = {H_k} (their "
             f"shapes are {tuple(q.shape)} and {tuple(k.shape)}): repeat or drop heads of k and v."
         )
-
-
-def _scale(softmax_scale: object) -> float | None:
-    if softmax_scale is None:
-        return None
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, numbers.Real):
-        raise TypeError(
-            f"softmax_scale must be a number or None, but is {softmax_scale!r}: pass a Python "
-            "float, or None for 1/sqrt(D)."
-        )
-    value = float(softmax_scale)
-    if not math.isfinite(value):
-        raise ValueError(f"softmax_scale must be finite, but is {value}: pass None for 1/sqrt(D).")
-    return value
 
 
 def _is_causal(window_size: object, causal: bool, s_q: int, s_k: int) -> bool:
