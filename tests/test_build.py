@@ -202,9 +202,29 @@ HOPPER_BACKWARD_PRODUCTS = {
 }
 
 
+# The same for wide heads: one copy of a step of 64 queries and 64 keys, which has S, dP, dV, dK and
+# dQ for half of the columns and the keys of both blocks; where those are no whole boxes of 64, dQ
+# for two boxes and for one. Gradients of 256 columns are two products.
+def wide_backward_products(head_dim: int, value_dim: int) -> int:
+    halves = [2 if columns == 256 else 1 for columns in (head_dim, value_dim)]
+    dq = 2 if head_dim == 256 else 4
+    return 2 * (head_dim // 16 + value_dim // 16 + 64 // 16 * (sum(halves) + dq))
+
+
+HOPPER_WIDE_BACKWARD_PRODUCTS = {
+    "192_128": wide_backward_products(192, 128),
+    "192": wide_backward_products(192, 192),
+    "256": wide_backward_products(256, 256),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "products"),
-    [("forward", HOPPER_FORWARD_PRODUCTS), ("backward", HOPPER_BACKWARD_PRODUCTS)],
+    [
+        ("forward", HOPPER_FORWARD_PRODUCTS),
+        ("backward", HOPPER_BACKWARD_PRODUCTS),
+        ("wide_backward", HOPPER_WIDE_BACKWARD_PRODUCTS),
+    ],
 )
 def test_hopper_kernels_hold_their_products(
     printed: dict[str, list[str]], name: str, products: dict[str, int]

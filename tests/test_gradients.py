@@ -35,6 +35,12 @@ HEAD_DIM_CASES = [
     *[Case(f"d{d}", 33, 65, D=d, mask=CAUSAL) for d in cases.HEAD_DIMS],
     *[Case(f"d{d}-dv{d_v}", 33, 65, D=d, D_v=d_v) for d, d_v in cases.UNEQUAL_HEAD_DIMS],
 ]
+# As many queries as kernels with wide tiles ask for.
+LONGER_HEAD_DIM_CASES = [
+    Case(f"d{d}-dv{d_v}-{name}", 130, 193, H=2, H_kv=1, D=d, D_v=d_v, mask=mask)
+    for d, d_v in [(192, 128), (192, 192), (256, 256), (136, 40), (72, 248)]
+    for name, mask in [("full", FULL), ("causal", CAUSAL)]
+]
 GROUPED = Case("grouped", 37, 67, B=2, H=6, H_kv=3, mask=CAUSAL)
 
 
@@ -59,6 +65,11 @@ def test_full(target: Target, case: Case):
 
 @pytest.mark.cases(HEAD_DIM_CASES)
 def test_head_dims(target: Target, case: Case):
+    check_case(target, case)
+
+
+@pytest.mark.cases(LONGER_HEAD_DIM_CASES)
+def test_head_dims_of_longer_heads(target: Target, case: Case):
     check_case(target, case)
 
 

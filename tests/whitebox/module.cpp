@@ -12,4 +12,5 @@ PYBIND11_MODULE(whitebox, module) {
   whitebox::bind_backward_plan(module);
   whitebox::bind_hopper_forward(module);
   whitebox::bind_hopper_backward(module);
+  whitebox::bind_wide_backward(module);
 }

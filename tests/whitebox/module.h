@@ -18,5 +18,6 @@ void bind_tile_plan(py::module_& module);
 void bind_backward_plan(py::module_& module);
 void bind_hopper_forward(py::module_& module);
 void bind_hopper_backward(py::module_& module);
+void bind_wide_backward(py::module_& module);
 
 }  // namespace whitebox

@@ -7,7 +7,7 @@
 
 namespace online_attention::cuda::hopper {
 
-// Whether this runner takes the call: D and D_v up to 128, addressable by the copy engine, and
+// Whether this runner takes the call: D and D_v up to 256, addressable by the copy engine, and
 // nothing but its mask decides on a pair. Sums of dQ come in any order, so not if the call is to be
 // deterministic.
 bool runs_backward(const BackwardArgs& args, const Device& device);

@@ -5,6 +5,7 @@
 #include "cuda/hopper/backward.h"
 #include "cuda/hopper/backward_launch.h"
 #include "cuda/hopper/backward_rows.h"
+#include "cuda/hopper/wide_backward.h"
 
 // Named, never defined here: host code picks kernels by element type without CUDA's headers.
 struct __half;
@@ -81,7 +82,9 @@ bool runs_backward(const BackwardArgs& args, const Device&) {
   constexpr int64_t kRowsMin = 64;  // fewer leave most of a query tile empty
   const Shape& s = args.shape;
   if (args.is_modified()) return false;
-  if (s.S_q < kRowsMin || s.D > kBackwardHeadDimMax || s.D_v > kBackwardHeadDimMax) return false;
+  const bool narrow = s.D <= kBackwardHeadDimMax && s.D_v <= kBackwardHeadDimMax;
+  if (s.S_q < kRowsMin || (!narrow && !is_wide(s))) return false;
+  if (!narrow && args.deterministic) return false;
   const View* of_queries[] = {&args.q, &args.dq};
   const View* of_keys[] = {&args.k, &args.dk};
   const View* of_values[] = {&args.v, &args.dv};
@@ -100,11 +103,13 @@ bool runs_backward(const BackwardArgs& args, const Device&) {
 }
 
 int64_t backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
+  if (is_wide(args.shape)) return wide_backward_workspace_bytes(args, device);
   const BackwardConfig& config = kernels_for(args).config;
   return Sizes(args, config, plan_blocks(args, config, device.multiprocessors)).total();
 }
 
 Status backward(const BackwardArgs& args, const Launch& launch) {
+  if (is_wide(args.shape)) return wide_backward(args, launch);
   const Kernels& kernels = kernels_for(args);
   const BackwardConfig& config = kernels.config;
   const BackwardPlan plan = plan_blocks(args, config, launch.device.multiprocessors);

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The backward kernels compiled for wide heads.
+#include <algorithm>
+#include <iterator>
+
+#include "cuda/hopper/wide_backward.h"
+#include "cuda/hopper/wide_backward_launch.h"
+#include "cuda/hopper/wide_backward_rows.h"
+
+// Named, never defined here: host code picks kernels by element type without CUDA's headers.
+struct __half;
+struct __nv_bfloat16;
+
+namespace online_attention::cuda::hopper {
+namespace {
+
+using LaunchKernel = Status (*)(const BackwardArgs&, const BackwardPlan&,
+                                const WideBackwardBuffers&, const Launch&);
+
+struct Kernels {
+  const WideBackwardConfig& config;
+  LaunchKernel f16, bf16;
+};
+
+template <int kHeadDim, int kValueDim, bool kMasked>
+constexpr Kernels kernels() {
+  return {kWideBackward<kHeadDim, kValueDim, kMasked>,
+          launch_wide_backward<__half, kHeadDim, kValueDim, kMasked>,
+          launch_wide_backward<__nv_bfloat16, kHeadDim, kValueDim, kMasked>};
+}
+
+struct Bucket {
+  int64_t head_dim, value_dim;
+  Kernels full, masked;
+};
+template <int kHeadDim, int kValueDim>
+constexpr Bucket bucket() {
+  return {kHeadDim, kValueDim, kernels<kHeadDim, kValueDim, false>(),
+          kernels<kHeadDim, kValueDim, true>()};
+}
+
+// A call takes the first that holds it.
+constexpr Bucket kBuckets[] = {bucket<192, 128>(), bucket<192, 192>(), bucket<256, 256>()};
+
+const Kernels& kernels_for(const BackwardArgs& args) {
+  const Bucket& bucket = *std::find_if(
+      std::begin(kBuckets), std::end(kBuckets) - 1,
+      [&](const Bucket& b) { return args.shape.D <= b.head_dim && args.shape.D_v <= b.value_dim; });
+  return args.mask.is_banded() ? bucket.masked : bucket.full;
+}
+
+// Under a mask, whose key tiles differ in length, the heads that fill the device once are
+// interleaved: the fewer they are, the more of what their blocks share is in the L2 cache. Of few
+// tiles all are, or long ones would begin when there is nothing left to do beside them.
+BackwardPlan plan_blocks(const BackwardArgs& args, int multiprocessors) {
+  BackwardPlan plan =
+      plan_backward(args, WideBackwardConfig::tile_m,
+                    WideBackwardConfig::kBlocks * WideBackwardConfig::kTileN, multiprocessors);
+  if (args.mask.is_banded()) {
+    const int clusters = multiprocessors / WideBackwardConfig::kBlocks;
+    constexpr int64_t kFewRounds = 8;
+    const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * clusters;
+    const auto filling = ceil_div(static_cast<uint32_t>(clusters), plan.kv_tiles);
+    plan.section_heads = few || filling >= plan.heads ? plan.heads : filling;
+  }
+  return plan;
+}
+
+// The sums of dQ, the terms of the rows; every part begins on a multiple of 256 bytes.
+struct Sizes {
+  int64_t dq_sums, terms;
+
+  Sizes(const WideBackwardConfig& config, const BackwardPlan& plan)
+      : dq_sums(plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)}),
+        terms(plan.dq_tiles() * WideBackwardConfig::kTermsBytes) {}
+  int64_t total() const { return dq_sums + 2 * terms; }
+  WideBackwardBuffers in(void* workspace) const {
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    return {.lse2 = reinterpret_cast<float*>(bytes + dq_sums),
+            .delta = reinterpret_cast<float*>(bytes + dq_sums + terms),
+            .dq_sums = reinterpret_cast<float*>(bytes)};
+  }
+};
+
+}  // namespace
+
+bool is_wide(const Shape& shape) {
+  const int64_t widest = std::max(shape.D, shape.D_v);
+  return widest > kBackwardHeadDimMax && widest <= kWideBackwardHeadDimMax;
+}
+
+int64_t wide_backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
+  return Sizes(kernels_for(args).config, plan_blocks(args, device.multiprocessors)).total();
+}
+
+Status wide_backward(const BackwardArgs& args, const Launch& launch) {
+  const Kernels& kernels = kernels_for(args);
+  const WideBackwardConfig& config = kernels.config;
+  const BackwardPlan plan = plan_blocks(args, launch.device.multiprocessors);
+  const WideBackwardBuffers buffers = Sizes(config, plan).in(launch.workspace);
+  Status status = prepare_wide_rows(args, plan, config, buffers, launch.stream);
+  if (status != kOk) return status;
+  status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);
+  if (status != kOk || args.dq.data == nullptr) return status;
+  return finish_wide_dq(args, plan, config, buffers, launch.stream);
+}
+
+}  // namespace online_attention::cuda::hopper

@@ -1,0 +1,542 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Correctness and speed of configurations of the Hopper backward kernel for wide heads. Build:
+//   nvcc -std=c++20 -O3 -Icsrc -gencode arch=compute_90a,code=sm_90a -cudart static \
+//     -DVARIANTS='"variants.inc"' lab/06_wide_backward/backward.cu \
+//     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/backward_rows.cu csrc/cuda/backward_plan.cpp
+// Run: ./a.out check [cases]; ./a.out bench [part of a variant's name]
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/hopper/wide_backward_launch.cuh"
+#include "cuda/hopper/wide_backward_rows.h"
+
+using namespace online_attention;
+using namespace online_attention::cuda;
+using namespace online_attention::cuda::hopper;
+
+#define CHECK(call)                                                             \
+  do {                                                                          \
+    const cudaError_t error = (call);                                           \
+    if (error != cudaSuccess) {                                                 \
+      std::printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
+      std::exit(1);                                                             \
+    }                                                                           \
+  } while (0)
+#define RUN(call)                           \
+  do {                                      \
+    const Status status_ = (call);          \
+    if (status_ != kOk) {                   \
+      std::printf("launch: %s\n", status_); \
+      std::exit(1);                         \
+    }                                       \
+  } while (0)
+
+using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const WideBackwardBuffers&);
+struct Variant {
+  const char* name;
+  WideBackwardConfig config;
+  int causal;  // 1: for causal calls only, 0: for full ones, 2: both
+  Main bf16, f16;
+};
+
+// D, D_v, stages, masked, pair_stages, registers of dV, dK, dQ, dV and dK run on.
+ONLINE_ATTENTION_HD constexpr WideBackwardConfig make(int d, int dv, int stages, int masked,
+                                                      int pair_stages, int dv_registers,
+                                                      int dk_registers, int dq_registers,
+                                                      int dv_on, int dk_on) {
+  return {.head_dim = d, .value_dim = dv, .stages = stages, .masked = masked != 0,
+          .pair_stages = pair_stages, .dv_registers = dv_registers, .dk_registers = dk_registers,
+          .dq_registers = dq_registers, .dv_runs_on = dv_on != 0, .dk_runs_on = dk_on != 0};
+}
+__device__ uint64_t measured[4];  // clocks and nanoseconds of a block, begin and end
+__device__ uint64_t global_ns() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+template <typename Element, int D, int DV, int... N>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WideBackwardConfig::kThreads, 1)
+    lab_kernel(const __grid_constant__ WideBackwardCall call) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  constexpr WideBackwardConfig config = make(D, DV, N...);
+  if (blockIdx.x == 0 && threadIdx.x == 127) measured[0] = clock64(), measured[1] = global_ns();
+  wide_backward_block<Element, config>(call, smem);
+  if (blockIdx.x == 0 && threadIdx.x == 128) measured[2] = clock64(), measured[3] = global_ns();
+}
+
+template <typename Element, int D, int DV, int... N>
+Status run(const BackwardArgs& args, const BackwardPlan& plan, const WideBackwardBuffers& buffers) {
+  constexpr WideBackwardConfig config = make(D, DV, N...);
+  WideBackwardCall call;
+  const Status status = describe_call(args, plan, buffers, call);
+  if (status != kOk) return status;
+  return launch(lab_kernel<Element, D, DV, N...>, 2 * plan.blocks(), WideBackwardConfig::kThreads,
+                config.smem_bytes(), nullptr, call);
+}
+
+#ifdef WITH_F16
+#define F16(...) run<__half, __VA_ARGS__>
+#else
+#define F16(...) nullptr
+#endif
+#define VARIANT(causal, ...) \
+  {#__VA_ARGS__, make(__VA_ARGS__), causal, run<__nv_bfloat16, __VA_ARGS__>, F16(__VA_ARGS__)}
+
+const Variant kVariants[] = {
+#include VARIANTS
+};
+
+struct Workspace {
+  BackwardPlan plan;
+  WideBackwardBuffers buffers;
+};
+Workspace workspace_for(const BackwardArgs& a, const WideBackwardConfig& config, void* memory,
+                        size_t bytes) {
+  Workspace w;
+  w.plan = plan_backward(a, config.tile_m, 128, 132);
+  if (a.mask.is_banded()) {
+    const bool few = int64_t{w.plan.heads} * w.plan.kv_tiles <= 8 * 66;
+    const auto filling = ceil_div<uint32_t>(66, w.plan.kv_tiles);
+    w.plan.section_heads = few || filling >= w.plan.heads ? w.plan.heads : filling;
+    if (const char* rounds = std::getenv("LAB_ROUNDS"); rounds != nullptr) {
+      const int n = std::atoi(rounds);
+      w.plan.section_heads =
+          std::min<uint32_t>(w.plan.heads, ceil_div<uint32_t>(66 * n, w.plan.kv_tiles));
+    }
+  }
+  const size_t rows = w.plan.dq_tiles() * config.tile_m;
+  const size_t sums = w.plan.dq_tiles() * config.dq_floats();
+  w.buffers.dq_sums = static_cast<float*>(memory);
+  w.buffers.lse2 = w.buffers.dq_sums + sums;
+  w.buffers.delta = w.buffers.lse2 + rows;
+  if ((sums + 2 * rows + 1) * 4 > bytes) {
+    std::printf("workspace too small\n");
+    std::exit(1);
+  }
+  return w;
+}
+
+template <typename Element>
+__global__ void forward_reference(BackwardArgs a, float* lse) {
+  const int64_t row = blockIdx.x;
+  const int q_idx = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
+            b = row / a.shape.S_q / a.shape.H;
+  const int h_kv = h / a.shape.group();
+  const KvRange keys = a.mask.kv_range(q_idx, q_idx + 1);
+  extern __shared__ float scores[];
+  const Element* q = a.q.row<const Element>(b, h, q_idx);
+  const float scale = float(a.scale.sign * a.scale.log2);
+  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
+    const Element* k = a.k.row<const Element>(b, h_kv, j);
+    float s = 0;
+    for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
+    scores[j] = s * scale;
+  }
+  __syncthreads();
+  float m = -INFINITY, l = 0;
+  for (int j = keys.begin; j < keys.end; ++j) m = fmaxf(m, scores[j]);
+  for (int j = keys.begin; j < keys.end; ++j) l += exp2f(scores[j] - m);
+  Element* out = a.out.row<Element>(b, h, q_idx);
+  for (int d = threadIdx.x; d < a.shape.D_v; d += blockDim.x) {
+    float o = 0;
+    for (int j = keys.begin; j < keys.end; ++j)
+      o += exp2f(scores[j] - m) * float(a.v.row<const Element>(b, h_kv, j)[d]);
+    out[d] = Element(keys.size() ? o / l : 0);
+  }
+  if (threadIdx.x == 0) lse[row] = keys.size() ? float((m + log2f(l)) * kLn2) : -INFINITY;
+}
+
+// P and dS of one pair, by the threads of a block.
+template <typename Element>
+__device__ void pair(const BackwardArgs& a, int b, int h, int i, int j, float& p, float& ds) {
+  const int h_kv = h / a.shape.group();
+  const Element *q = a.q.row<const Element>(b, h, i), *k = a.k.row<const Element>(b, h_kv, j);
+  const Element *o = a.out.row<const Element>(b, h, i), *g = a.dout.row<const Element>(b, h, i);
+  const Element* v = a.v.row<const Element>(b, h_kv, j);
+  float s = 0, dp = 0, delta = 0;
+  for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
+  for (int d = 0; d < a.shape.D_v; ++d) {
+    dp += float(g[d]) * float(v[d]);
+    delta += float(g[d]) * float(o[d]);
+  }
+  const int64_t row = (int64_t{b} * a.shape.H + h) * a.shape.S_q + i;
+  if (a.dlse) delta -= static_cast<const float*>(a.dlse)[row];
+  const float lse = static_cast<const float*>(a.lse)[row];
+  p = lse == -INFINITY ? 0 : exp2f(s * float(a.scale.sign * a.scale.log2) - lse * float(kLog2e));
+  ds = p * (dp - delta);
+}
+
+template <typename Element>
+__global__ void dq_reference(BackwardArgs a, float* dq) {
+  const int64_t row = blockIdx.x;
+  const int i = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
+            b = row / a.shape.S_q / a.shape.H;
+  const KvRange keys = a.mask.kv_range(i, i + 1);
+  extern __shared__ float ds[];
+  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
+    float p;
+    pair<Element>(a, b, h, i, j, p, ds[j]);
+  }
+  __syncthreads();
+  for (int d = threadIdx.x; d < a.shape.D; d += blockDim.x) {
+    float sum = 0;
+    for (int j = keys.begin; j < keys.end; ++j)
+      sum += ds[j] * float(a.k.row<const Element>(b, h / a.shape.group(), j)[d]);
+    dq[row * a.shape.D + d] = sum * float(a.factor);
+  }
+}
+template <typename Element>
+__global__ void dkv_reference(BackwardArgs a, float* dk, float* dv) {
+  const int64_t row = blockIdx.x;
+  const int j = row % a.shape.S_kv, h_kv = row / a.shape.S_kv % a.shape.H_kv,
+            b = row / a.shape.S_kv / a.shape.H_kv, group = a.shape.group();
+  const QRange queries = a.mask.q_range(j, j + 1, a.shape.S_q);
+  extern __shared__ float pairs[];
+  float* p = pairs;
+  float* ds = pairs + a.shape.S_q;
+  float sum_k[2] = {}, sum_v[2] = {};
+  for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+    __syncthreads();
+    for (int i = queries.begin + threadIdx.x; i < queries.end; i += blockDim.x)
+      pair<Element>(a, b, h, i, j, p[i], ds[i]);
+    __syncthreads();
+    for (int c = 0; c < 2; ++c) {
+      const int d = threadIdx.x + c * blockDim.x;
+      for (int i = queries.begin; i < queries.end; ++i) {
+        if (d < a.shape.D) sum_k[c] += ds[i] * float(a.q.row<const Element>(b, h, i)[d]);
+        if (d < a.shape.D_v) sum_v[c] += p[i] * float(a.dout.row<const Element>(b, h, i)[d]);
+      }
+    }
+  }
+  for (int c = 0; c < 2; ++c) {
+    const int d = threadIdx.x + c * blockDim.x;
+    if (d < a.shape.D) dk[row * a.shape.D + d] = sum_k[c] * float(a.factor);
+    if (d < a.shape.D_v) dv[row * a.shape.D_v + d] = sum_v[c];
+  }
+}
+
+template <typename Element>
+__global__ void fill_kernel(Element* x, int64_t size, uint32_t seed, float scale) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    const float u = ((z >> 40) + 1) * 0x1p-24f, w = (z & 0xffffff) * 0x1p-24f;
+    x[i] = Element(scale * sqrtf(-2 * logf(u)) * cospif(2 * w));
+  }
+}
+
+__global__ void fill_constant(float* x, int64_t size, float value) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
+       i += int64_t{gridDim.x} * blockDim.x)
+    x[i] = value;
+}
+
+struct Case {
+  int B, H, H_kv, S_q, S_kv, D, D_v;
+  int mask;    // 0 full, 1 causal top left, 2 bottom right, 3 window
+  int poison;  // 0 none, 1 K and V rows NaN, 2 V has Inf, 3 Q has NaN or Inf, 4 dO has
+  double scale;
+};
+
+template <typename Element>
+struct Tensor {  // (B, S, H, D) memory, poisoned behind every length
+  View view;
+  int64_t B, H, S, D, S_all, D_all;
+  std::vector<uint16_t> host;
+  int64_t size() const { return B * S_all * H * D_all; }
+  Tensor(int64_t B, int64_t H, int64_t S, int64_t D, int pad, uint32_t seed)
+      : B(B), H(H), S(S), D(D), S_all(S + 24), D_all(D + pad) {
+    void* device;
+    CHECK(cudaMalloc(&device, size() * 2 + 256));
+    CHECK(cudaMemset(device, 0xff, size() * 2 + 256));
+    view = {device, S_all * H * D_all, D_all, H * D_all};
+    host.assign(size(), 0xffff);
+    if (seed == 0) return;
+    Element* dense;
+    CHECK(cudaMalloc(&dense, B * H * S * D * 2 + 16));
+    fill_kernel<<<256, 256>>>(dense, B * H * S * D, seed, 1.0f);
+    std::vector<uint16_t> values(B * H * S * D);
+    CHECK(cudaMemcpy(values.data(), dense, values.size() * 2, cudaMemcpyDeviceToHost));
+    CHECK(cudaFree(dense));
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t t = 0; t < S; ++t)
+        for (int64_t h = 0; h < H; ++h)
+          std::memcpy(&host[((b * S_all + t) * H + h) * D_all], &values[((b * S + t) * H + h) * D],
+                      D * 2);
+    put();
+  }
+  ~Tensor() { CHECK(cudaFree(view.data)); }
+  void put() { CHECK(cudaMemcpy(view.data, host.data(), size() * 2, cudaMemcpyHostToDevice)); }
+  void poison(std::mt19937& rng, bool rows, float value) {
+    for (int n = 0; n < 2; ++n) {
+      const int64_t b = rng() % B, t = rng() % S, h = rng() % H;
+      const int64_t columns = rows ? D : 1 + rng() % D;
+      const Element e = Element(value);
+      for (int64_t d = 0; d < columns; ++d)
+        std::memcpy(&host[((b * S_all + t) * H + h) * D_all + d], &e, 2);
+    }
+    put();
+  }
+  std::vector<uint16_t> get() const {
+    std::vector<uint16_t> got(size());
+    CHECK(cudaMemcpy(got.data(), view.data, size() * 2, cudaMemcpyDeviceToHost));
+    return got;
+  }
+  // Against [B, H, S, D] floats.
+  std::string compare(const float* device, double limit, bool& good) const {
+    std::vector<float> want(B * H * S * D);
+    CHECK(cudaMemcpy(want.data(), device, want.size() * 4, cudaMemcpyDeviceToHost));
+    const std::vector<uint16_t> got = get();
+    double error = 0, norm = 0, most = 0;
+    int64_t wrong_class = 0, outside = 0, first_bad = -1;
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t t = 0; t < S_all; ++t)
+        for (int64_t h = 0; h < H; ++h)
+          for (int64_t d = 0; d < D_all; ++d) {
+            const uint16_t bits = got[((b * S_all + t) * H + h) * D_all + d];
+            if (t >= S || d >= D) {
+              outside += bits != 0xffff;
+              continue;
+            }
+            Element e;
+            std::memcpy(&e, &bits, 2);
+            const int64_t at = ((b * H + h) * S + t) * D + d;
+            const float x = float(e), y = want[at];
+            if (std::isfinite(x) != std::isfinite(y)) {
+              ++wrong_class;
+              if (first_bad < 0) first_bad = at;
+              continue;
+            }
+            if (!std::isfinite(y)) continue;
+            error += double(x - y) * (x - y);
+            norm += double(y) * y;
+            most = std::max<double>(most, std::fabs(x - y) - 0.03 * std::fabs(y));
+          }
+    error = std::sqrt(error / std::max(norm, 1e-20));
+    const double rms = std::sqrt(norm / std::max<double>(want.size(), 1));
+    // A gradient that is zero but for rounding has no relative error.
+    const bool fine = (error < limit || rms < 1e-3) && most < 0.05 + 0.2 * rms &&
+                      wrong_class == 0 && outside == 0;
+    good &= fine;
+    char text[200];
+    std::snprintf(text, sizeof text, "%s%.1e most %.1e rms %.1e class %ld out %ld%s",
+                  fine ? "" : "!!", error, most, rms, long(wrong_class), long(outside),
+                  first_bad < 0 ? "" : (" at " + std::to_string(first_bad)).c_str());
+    return text;
+  }
+};
+
+template <typename Element>
+bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
+  const int pad = 8 * (seed % 3);
+  Tensor<Element> q(c.B, c.H, c.S_q, c.D, pad, 5 * seed + 1),
+      k(c.B, c.H_kv, c.S_kv, c.D, pad, 5 * seed + 2),
+      v(c.B, c.H_kv, c.S_kv, c.D_v, pad, 5 * seed + 3),
+      dout(c.B, c.H, c.S_q, c.D_v, pad, 5 * seed + 4), out(c.B, c.H, c.S_q, c.D_v, pad, 0),
+      dq(c.B, c.H, c.S_q, c.D, pad, 0), dk(c.B, c.H_kv, c.S_kv, c.D, pad, 0),
+      dv(c.B, c.H_kv, c.S_kv, c.D_v, pad, 0);
+  std::mt19937 rng(seed);
+  if (c.poison == 1) k.poison(rng, true, NAN), v.poison(rng, true, NAN);
+  if (c.poison == 2) v.poison(rng, false, INFINITY);
+  if (c.poison == 3) q.poison(rng, false, rng() % 2 ? NAN : INFINITY);
+  if (c.poison == 4) dout.poison(rng, false, rng() % 2 ? NAN : INFINITY);
+  const int64_t rows = int64_t{c.B} * c.H * c.S_q, kv_rows = int64_t{c.B} * c.H_kv * c.S_kv;
+  float *lse, *dlse, *want_dq, *want_dk, *want_dv, *memory;
+  CHECK(cudaMalloc(&lse, rows * 4));
+  CHECK(cudaMalloc(&dlse, rows * 4));
+  CHECK(cudaMalloc(&want_dq, rows * c.D * 4));
+  CHECK(cudaMalloc(&want_dk, kv_rows * c.D * 4));
+  CHECK(cudaMalloc(&want_dv, kv_rows * c.D_v * 4));
+  const size_t bytes = size_t{256} << 20;
+  CHECK(cudaMalloc(&memory, bytes));
+  CHECK(cudaMemset(memory, 0xff, bytes));
+  fill_kernel<<<64, 256>>>(dlse, rows, seed * 7, 1.0f);
+  BackwardArgs a;
+  a.dtype = std::is_same_v<Element, __half> ? DType::f16 : DType::bf16;
+  a.shape = {c.B, c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v};
+  a.q = q.view, a.k = k.view, a.v = v.view, a.out = out.view, a.dout = dout.view;
+  a.dq = dq.view, a.dk = dk.view, a.dv = dv.view;
+  a.lse = lse;
+  if (seed % 4 == 0) a.dlse = dlse;
+  a.mask = c.mask == 0   ? Mask::full(c.S_kv)
+           : c.mask == 1 ? Mask::causal(c.S_q, c.S_kv, Alignment::top_left)
+           : c.mask == 2 ? Mask::causal(c.S_q, c.S_kv, Alignment::bottom_right)
+                         : Mask::window(c.S_q, c.S_kv, Alignment::bottom_right, 37 + seed % 200,
+                                        seed % 3 ? int(seed % 50) : 0);
+  a.scale = ScoreScale::from(c.scale, a.dtype);
+  a.factor = c.scale;
+  forward_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, lse);
+  dq_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, want_dq);
+  dkv_reference<Element><<<kv_rows, 128, c.S_q * 8 + 16>>>(a, want_dk, want_dv);
+  CHECK(cudaDeviceSynchronize());
+  const Workspace w = workspace_for(a, variant.config, memory, bytes);
+  const auto kernel = a.dtype == DType::f16 ? variant.f16 : variant.bf16;
+  std::vector<uint16_t> first_dk, first_dv;
+  bool same = true;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    for (const Tensor<Element>* t : {&dq, &dk, &dv})
+      CHECK(cudaMemset(t->view.data, 0xff, t->size() * 2));
+    RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, nullptr));
+    RUN(kernel(a, w.plan, w.buffers));
+    RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, nullptr));
+    CHECK(cudaDeviceSynchronize());
+    if (repeat == 0) {
+      first_dk = dk.get(), first_dv = dv.get();
+    } else {
+      same &= first_dk == dk.get() && first_dv == dv.get();
+    }
+  }
+  const double limit = a.dtype == DType::f16 ? 1.5e-3 : 1.0e-2;
+  bool good = same;
+  const std::string texts = "dq " + dq.compare(want_dq, limit, good) + "; dk " +
+                            dk.compare(want_dk, limit, good) + "; dv " +
+                            dv.compare(want_dv, limit, good);
+  if (!good || verbose) {
+    std::printf("%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d poison%d scale%g same%d: %s\n",
+                good ? "ok  " : "FAIL", variant.name, a.dtype == DType::f16 ? "f16" : "bf16", seed,
+                c.B, c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, c.poison, c.scale, same,
+                texts.c_str());
+    std::fflush(stdout);
+  }
+  for (float* p : {lse, dlse, want_dq, want_dk, want_dv, memory}) CHECK(cudaFree(p));
+  return good;
+}
+
+int check_all(int cases, const char* only) {
+  int failed = 0, done = 0;
+  for (const Variant& variant : kVariants) {
+    if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
+    std::mt19937 rng(1);
+    auto pick = [&](std::initializer_list<int> list) { return list.begin()[rng() % list.size()]; };
+    int failed_here = 0;
+    for (int i = 0; i < cases && failed_here < 6; ++i) {
+      Case c;
+      c.B = pick({1, 2, 3});
+      c.H_kv = pick({1, 2, 3});
+      c.H = c.H_kv * pick({1, 1, 2, 4});
+      c.S_q = i == 0   ? 64
+              : i == 1 ? 256
+                       : pick({1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 384, 512, 799});
+      c.S_kv = i < 2        ? 128
+               : i % 3 == 0 ? c.S_q
+                            : pick({1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 384, 799});
+      const int D = variant.config.head_dim;
+      c.D = i % 4 == 3 ? D - 8 * pick({1, 2, 3}) : D;
+      c.D_v = variant.config.value_dim;
+      if (i % 4 == 3) c.D_v -= 8 * pick({1, 2, 3});
+      c.mask = i < 2 ? 0 : pick({0, 1, 2, 2, 3});
+      if (!variant.config.masked) c.mask = 0;
+      c.poison = i < 2 ? 0 : pick({0, 0, 0, 1, 2, 3, 4});
+      c.scale = (i % 7 == 5 ? -1.0 : i % 7 == 6 ? 3.0 : 1.0) / std::sqrt(c.D);
+      failed_here += !check<__nv_bfloat16>(variant, c, 1000 + i, i < 1);
+      ++done;
+      if (variant.f16 != nullptr && i % 3 == 1) {
+        failed_here += !check<__half>(variant, c, 2000 + i, false);
+        ++done;
+      }
+    }
+    failed += failed_here;
+    std::printf("(%s): %d failed\n", variant.name, failed_here);
+  }
+  std::printf("checked %d, failed %d\n", done, failed);
+  return failed != 0;
+}
+
+// Median times of the three kernels, in microseconds.
+void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, void* flush,
+             size_t flush_bytes, int repeats, float (&median)[4]) {
+  cudaEvent_t events[4];
+  for (auto& event : events) CHECK(cudaEventCreate(&event));
+  std::vector<float> times[4];
+  for (int i = 0; i < repeats + 2; ++i) {
+    CHECK(cudaMemsetAsync(flush, i, flush_bytes));
+    CHECK(cudaEventRecord(events[0]));
+    RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, nullptr));
+    CHECK(cudaEventRecord(events[1]));
+    RUN(variant.bf16(a, w.plan, w.buffers));
+    CHECK(cudaEventRecord(events[2]));
+    RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, nullptr));
+    CHECK(cudaEventRecord(events[3]));
+    CHECK(cudaEventSynchronize(events[3]));
+    for (int part = 0; part < 4 && i >= 2; ++part) {
+      float ms;
+      CHECK(cudaEventElapsedTime(&ms, events[part == 3 ? 0 : part],
+                                 events[part == 3 ? 3 : part + 1]));
+      times[part].push_back(ms * 1000);
+    }
+  }
+  for (int part = 0; part < 4; ++part) {
+    std::sort(times[part].begin(), times[part].end());
+    median[part] = times[part][times[part].size() / 2];
+  }
+  for (auto& event : events) CHECK(cudaEventDestroy(event));
+}
+
+int bench(const char* only, int shortest, int longest) {
+  const size_t flush_bytes = size_t{160} << 20;
+  void* flush;
+  CHECK(cudaMalloc(&flush, flush_bytes));
+  const int64_t elements = int64_t{16384} * 3072;
+  __nv_bfloat16* tensors[8];
+  for (int i = 0; i < 8; ++i) {
+    CHECK(cudaMalloc(&tensors[i], elements * 2));
+    fill_kernel<<<1024, 256>>>(tensors[i], elements, 7 + i, i == 3 ? 0.1f : 1.0f);
+  }
+  float *lse, *memory;
+  CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
+  const size_t bytes = size_t{400} << 20;
+  CHECK(cudaMalloc(&memory, bytes));
+  std::printf("TFLOP/s of all three kernels, of the main one; us of the three\n");
+  for (int causal = 0; causal < 2; ++causal) {
+    for (int S = shortest; S <= longest; S *= 2) {
+      for (const Variant& variant : kVariants) {
+        if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
+        if (variant.causal != 2 && variant.causal != causal) continue;
+        const int D = variant.config.head_dim;
+        const int DV = variant.config.value_dim;
+        const int64_t B = 16384 / S, H = D == 256 ? 8 : 16;
+        BackwardArgs a;
+        a.dtype = DType::bf16;
+        a.shape = {B, H, H, S, S, D, DV};
+        View* views[8] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
+        for (int i = 0; i < 8; ++i) {
+          const bool of_values = i == 2 || i == 3 || i == 4 || i == 7;
+          const int64_t d = of_values ? DV : D;
+          *views[i] = {tensors[i], S * H * d, d, H * d};
+        }
+        fill_constant<<<256, 256>>>(lse, int64_t{16384} * 32, std::log(float(S)) + 0.5f);
+        a.lse = lse;
+        a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
+        a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
+        a.factor = 1 / std::sqrt(double(D));
+        const Workspace w = workspace_for(a, variant.config, memory, bytes);
+        float us[4];
+        time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
+        uint64_t clock[4];
+        CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
+        const double flop = 2e-6 * B * H * double(S) * S * (3 * D + 2 * DV) / (causal ? 2 : 1);
+        std::printf("%-6s S %5d (%-20s) %5.0f %5.0f   %6.0f %6.0f %6.0f   %.0f MHz\n",
+                    causal ? "causal" : "full", S, variant.name, flop / us[3], flop / us[1], us[0],
+                    us[1], us[2], 1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
+      }
+      std::fflush(stdout);
+    }
+  }
+  return 0;
+}
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "check";
+  const char* only = argc > 3 && std::strcmp(argv[3], "all") != 0 ? argv[3] : nullptr;
+  if (mode == "check") return check_all(argc > 2 ? std::atoi(argv[2]) : 40, only);
+  if (mode == "bench" && argc > 2) only = std::strcmp(argv[2], "all") != 0 ? argv[2] : nullptr;
+  return bench(only, argc > 3 ? std::atoi(argv[3]) : 512, argc > 4 ? std::atoi(argv[4]) : 16384);
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// csrc/cuda/hopper/wide_backward_config.h.
+#include "cuda/hopper/wide_backward_config.h"
+
+#include "module.h"
+
+namespace whitebox {
+
+namespace oa = online_attention;
+
+void bind_wide_backward(py::module_& module) {
+  using oa::cuda::hopper::kWideBackward;
+  using oa::cuda::hopper::WideBackwardConfig;
+
+  py::class_<WideBackwardConfig>(module, "WideBackwardConfig")
+      .def_readonly("head_dim", &WideBackwardConfig::head_dim)
+      .def_readonly("value_dim", &WideBackwardConfig::value_dim)
+      .def_readonly("masked", &WideBackwardConfig::masked)
+      .def("dq_floats", &WideBackwardConfig::dq_floats)
+      .def("offsets",
+           [](const WideBackwardConfig& c) {
+             return std::vector<int>{0,
+                                     c.v_offset(),
+                                     c.other_k_offset(),
+                                     c.q_offset(),
+                                     c.dout_offset(),
+                                     c.pairs_offset(),
+                                     c.other_ds_offset(),
+                                     c.terms_offset(),
+                                     c.marks_offset(),
+                                     c.barrier_offset(),
+                                     c.tile_offset(),
+                                     c.smem_bytes()};
+           })
+      .def("dq_place", [](const WideBackwardConfig& c, int index) {
+        const oa::cuda::hopper::DqPlace at = oa::cuda::hopper::dq_place(c, index);
+        return std::pair{at.query, at.column};
+      });
+
+  module.def("wide_backward_configs", [] {
+    return std::vector<WideBackwardConfig>{
+        kWideBackward<192, 128, false>, kWideBackward<192, 128, true>,
+        kWideBackward<192, 192, false>, kWideBackward<192, 192, true>,
+        kWideBackward<256, 256, false>, kWideBackward<256, 256, true>};
+  });
+}
+
+}  // namespace whitebox
