@@ -157,7 +157,7 @@ def test_in_compiled_code() -> None:
         return online_attention.attention(x * 2, k, v, causal=True) + 1
 
     torch._dynamo.reset()
-    compiled = torch.compile(eager, fullgraph=True)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     for threads in (1, 3):
         torch.set_num_threads(threads)
         assert_bitwise_equal(compiled(q), eager(q), f"with {threads} threads")
