@@ -2,7 +2,7 @@
 // Correctness and speed of configurations of the Hopper backward kernel for wide heads. Build:
 //   nvcc -std=c++20 -O3 -Icsrc -gencode arch=compute_90a,code=sm_90a -cudart static \
 //     -DVARIANTS='"variants.inc"' lab/06_wide_backward/backward.cu \
-//     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/backward_rows.cu csrc/cuda/backward_plan.cpp
+//     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/wide_backward_rows.cu csrc/cuda/backward_plan.cpp
 // Run: ./a.out check [cases]; ./a.out bench [part of a variant's name]
 #include <cstdio>
 #include <cstdlib>

@@ -99,8 +99,8 @@ inline constexpr WideBackwardConfig kWideBackward = {};
 template <>
 inline constexpr WideBackwardConfig kWideBackward<192, 128, false> = {.head_dim = 192,
                                                                       .value_dim = 128,
-                                                                      .stages = 3,
-                                                                      .pair_stages = 2,
+                                                                      .stages = 2,
+                                                                      .pair_stages = 3,
                                                                       .dv_registers = 144,
                                                                       .dk_registers = 176,
                                                                       .dq_registers = 96,
@@ -108,9 +108,9 @@ inline constexpr WideBackwardConfig kWideBackward<192, 128, false> = {.head_dim 
 template <>
 inline constexpr WideBackwardConfig kWideBackward<192, 128, true> = {.head_dim = 192,
                                                                      .value_dim = 128,
-                                                                     .stages = 3,
+                                                                     .stages = 2,
                                                                      .masked = true,
-                                                                     .pair_stages = 2,
+                                                                     .pair_stages = 3,
                                                                      .dv_registers = 144,
                                                                      .dk_registers = 176,
                                                                      .dq_registers = 96};
