@@ -2,7 +2,8 @@
 // Correctness and speed of configurations of the Hopper backward kernel for wide heads. Build:
 //   nvcc -std=c++20 -O3 -Icsrc -gencode arch=compute_90a,code=sm_90a -cudart static \
 //     -DVARIANTS='"variants.inc"' lab/06_wide_backward/backward.cu \
-//     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/wide_backward_rows.cu csrc/cuda/backward_plan.cpp
+//     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/wide_backward_rows.cu \
+//     csrc/cuda/backward_plan.cpp
 // Run: ./a.out check [cases]; ./a.out bench [part of a variant's name]
 #include <cstdio>
 #include <cstdlib>
@@ -46,11 +47,18 @@ struct Variant {
 // D, D_v, stages, masked, pair_stages, registers of dV, dK, dQ, dV and dK run on.
 ONLINE_ATTENTION_HD constexpr WideBackwardConfig make(int d, int dv, int stages, int masked,
                                                       int pair_stages, int dv_registers,
-                                                      int dk_registers, int dq_registers,
-                                                      int dv_on, int dk_on) {
-  return {.head_dim = d, .value_dim = dv, .stages = stages, .masked = masked != 0,
-          .pair_stages = pair_stages, .dv_registers = dv_registers, .dk_registers = dk_registers,
-          .dq_registers = dq_registers, .dv_runs_on = dv_on != 0, .dk_runs_on = dk_on != 0};
+                                                      int dk_registers, int dq_registers, int dv_on,
+                                                      int dk_on) {
+  return {.head_dim = d,
+          .value_dim = dv,
+          .stages = stages,
+          .masked = masked != 0,
+          .pair_stages = pair_stages,
+          .dv_registers = dv_registers,
+          .dk_registers = dk_registers,
+          .dq_registers = dq_registers,
+          .dv_runs_on = dv_on != 0,
+          .dk_runs_on = dk_on != 0};
 }
 __device__ uint64_t measured[4];  // clocks and nanoseconds of a block, begin and end
 __device__ uint64_t global_ns() {
