@@ -12,29 +12,14 @@
 #include <string>
 #include <vector>
 
+#include "../backward.cuh"
 #include "cuda/hopper/wide_backward_launch.cuh"
 #include "cuda/hopper/wide_backward_rows.h"
 
 using namespace online_attention;
+using namespace online_attention::lab;
 using namespace online_attention::cuda;
 using namespace online_attention::cuda::hopper;
-
-#define CHECK(call)                                                             \
-  do {                                                                          \
-    const cudaError_t error = (call);                                           \
-    if (error != cudaSuccess) {                                                 \
-      std::printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-      std::exit(1);                                                             \
-    }                                                                           \
-  } while (0)
-#define RUN(call)                           \
-  do {                                      \
-    const Status status_ = (call);          \
-    if (status_ != kOk) {                   \
-      std::printf("launch: %s\n", status_); \
-      std::exit(1);                         \
-    }                                       \
-  } while (0)
 
 using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const WideBackwardBuffers&);
 struct Variant {
@@ -129,217 +114,11 @@ Workspace workspace_for(const BackwardArgs& a, const WideBackwardConfig& config,
   return w;
 }
 
-template <typename Element>
-__global__ void forward_reference(BackwardArgs a, float* lse) {
-  const int64_t row = blockIdx.x;
-  const int q_idx = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
-            b = row / a.shape.S_q / a.shape.H;
-  const int h_kv = h / a.shape.group();
-  const KvRange keys = a.mask.kv_range(q_idx, q_idx + 1);
-  extern __shared__ float scores[];
-  const Element* q = a.q.row<const Element>(b, h, q_idx);
-  const float scale = float(a.scale.sign * a.scale.log2);
-  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
-    const Element* k = a.k.row<const Element>(b, h_kv, j);
-    float s = 0;
-    for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
-    scores[j] = s * scale;
-  }
-  __syncthreads();
-  float m = -INFINITY, l = 0;
-  for (int j = keys.begin; j < keys.end; ++j) m = fmaxf(m, scores[j]);
-  for (int j = keys.begin; j < keys.end; ++j) l += exp2f(scores[j] - m);
-  Element* out = a.out.row<Element>(b, h, q_idx);
-  for (int d = threadIdx.x; d < a.shape.D_v; d += blockDim.x) {
-    float o = 0;
-    for (int j = keys.begin; j < keys.end; ++j)
-      o += exp2f(scores[j] - m) * float(a.v.row<const Element>(b, h_kv, j)[d]);
-    out[d] = Element(keys.size() ? o / l : 0);
-  }
-  if (threadIdx.x == 0) lse[row] = keys.size() ? float((m + log2f(l)) * kLn2) : -INFINITY;
-}
-
-// P and dS of one pair, by the threads of a block.
-template <typename Element>
-__device__ void pair(const BackwardArgs& a, int b, int h, int i, int j, float& p, float& ds) {
-  const int h_kv = h / a.shape.group();
-  const Element *q = a.q.row<const Element>(b, h, i), *k = a.k.row<const Element>(b, h_kv, j);
-  const Element *o = a.out.row<const Element>(b, h, i), *g = a.dout.row<const Element>(b, h, i);
-  const Element* v = a.v.row<const Element>(b, h_kv, j);
-  float s = 0, dp = 0, delta = 0;
-  for (int d = 0; d < a.shape.D; ++d) s += float(q[d]) * float(k[d]);
-  for (int d = 0; d < a.shape.D_v; ++d) {
-    dp += float(g[d]) * float(v[d]);
-    delta += float(g[d]) * float(o[d]);
-  }
-  const int64_t row = (int64_t{b} * a.shape.H + h) * a.shape.S_q + i;
-  if (a.dlse) delta -= static_cast<const float*>(a.dlse)[row];
-  const float lse = static_cast<const float*>(a.lse)[row];
-  p = lse == -INFINITY ? 0 : exp2f(s * float(a.scale.sign * a.scale.log2) - lse * float(kLog2e));
-  ds = p * (dp - delta);
-}
-
-template <typename Element>
-__global__ void dq_reference(BackwardArgs a, float* dq) {
-  const int64_t row = blockIdx.x;
-  const int i = row % a.shape.S_q, h = row / a.shape.S_q % a.shape.H,
-            b = row / a.shape.S_q / a.shape.H;
-  const KvRange keys = a.mask.kv_range(i, i + 1);
-  extern __shared__ float ds[];
-  for (int j = keys.begin + threadIdx.x; j < keys.end; j += blockDim.x) {
-    float p;
-    pair<Element>(a, b, h, i, j, p, ds[j]);
-  }
-  __syncthreads();
-  for (int d = threadIdx.x; d < a.shape.D; d += blockDim.x) {
-    float sum = 0;
-    for (int j = keys.begin; j < keys.end; ++j)
-      sum += ds[j] * float(a.k.row<const Element>(b, h / a.shape.group(), j)[d]);
-    dq[row * a.shape.D + d] = sum * float(a.factor);
-  }
-}
-template <typename Element>
-__global__ void dkv_reference(BackwardArgs a, float* dk, float* dv) {
-  const int64_t row = blockIdx.x;
-  const int j = row % a.shape.S_kv, h_kv = row / a.shape.S_kv % a.shape.H_kv,
-            b = row / a.shape.S_kv / a.shape.H_kv, group = a.shape.group();
-  const QRange queries = a.mask.q_range(j, j + 1, a.shape.S_q);
-  extern __shared__ float pairs[];
-  float* p = pairs;
-  float* ds = pairs + a.shape.S_q;
-  float sum_k[2] = {}, sum_v[2] = {};
-  for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-    __syncthreads();
-    for (int i = queries.begin + threadIdx.x; i < queries.end; i += blockDim.x)
-      pair<Element>(a, b, h, i, j, p[i], ds[i]);
-    __syncthreads();
-    for (int c = 0; c < 2; ++c) {
-      const int d = threadIdx.x + c * blockDim.x;
-      for (int i = queries.begin; i < queries.end; ++i) {
-        if (d < a.shape.D) sum_k[c] += ds[i] * float(a.q.row<const Element>(b, h, i)[d]);
-        if (d < a.shape.D_v) sum_v[c] += p[i] * float(a.dout.row<const Element>(b, h, i)[d]);
-      }
-    }
-  }
-  for (int c = 0; c < 2; ++c) {
-    const int d = threadIdx.x + c * blockDim.x;
-    if (d < a.shape.D) dk[row * a.shape.D + d] = sum_k[c] * float(a.factor);
-    if (d < a.shape.D_v) dv[row * a.shape.D_v + d] = sum_v[c];
-  }
-}
-
-template <typename Element>
-__global__ void fill_kernel(Element* x, int64_t size, uint32_t seed, float scale) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    const float u = ((z >> 40) + 1) * 0x1p-24f, w = (z & 0xffffff) * 0x1p-24f;
-    x[i] = Element(scale * sqrtf(-2 * logf(u)) * cospif(2 * w));
-  }
-}
-
-__global__ void fill_constant(float* x, int64_t size, float value) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size;
-       i += int64_t{gridDim.x} * blockDim.x)
-    x[i] = value;
-}
-
 struct Case {
   int B, H, H_kv, S_q, S_kv, D, D_v;
   int mask;    // 0 full, 1 causal top left, 2 bottom right, 3 window
   int poison;  // 0 none, 1 K and V rows NaN, 2 V has Inf, 3 Q has NaN or Inf, 4 dO has
   double scale;
-};
-
-template <typename Element>
-struct Tensor {  // (B, S, H, D) memory, poisoned behind every length
-  View view;
-  int64_t B, H, S, D, S_all, D_all;
-  std::vector<uint16_t> host;
-  int64_t size() const { return B * S_all * H * D_all; }
-  Tensor(int64_t B, int64_t H, int64_t S, int64_t D, int pad, uint32_t seed)
-      : B(B), H(H), S(S), D(D), S_all(S + 24), D_all(D + pad) {
-    void* device;
-    CHECK(cudaMalloc(&device, size() * 2 + 256));
-    CHECK(cudaMemset(device, 0xff, size() * 2 + 256));
-    view = {device, S_all * H * D_all, D_all, H * D_all};
-    host.assign(size(), 0xffff);
-    if (seed == 0) return;
-    Element* dense;
-    CHECK(cudaMalloc(&dense, B * H * S * D * 2 + 16));
-    fill_kernel<<<256, 256>>>(dense, B * H * S * D, seed, 1.0f);
-    std::vector<uint16_t> values(B * H * S * D);
-    CHECK(cudaMemcpy(values.data(), dense, values.size() * 2, cudaMemcpyDeviceToHost));
-    CHECK(cudaFree(dense));
-    for (int64_t b = 0; b < B; ++b)
-      for (int64_t t = 0; t < S; ++t)
-        for (int64_t h = 0; h < H; ++h)
-          std::memcpy(&host[((b * S_all + t) * H + h) * D_all], &values[((b * S + t) * H + h) * D],
-                      D * 2);
-    put();
-  }
-  ~Tensor() { CHECK(cudaFree(view.data)); }
-  void put() { CHECK(cudaMemcpy(view.data, host.data(), size() * 2, cudaMemcpyHostToDevice)); }
-  void poison(std::mt19937& rng, bool rows, float value) {
-    for (int n = 0; n < 2; ++n) {
-      const int64_t b = rng() % B, t = rng() % S, h = rng() % H;
-      const int64_t columns = rows ? D : 1 + rng() % D;
-      const Element e = Element(value);
-      for (int64_t d = 0; d < columns; ++d)
-        std::memcpy(&host[((b * S_all + t) * H + h) * D_all + d], &e, 2);
-    }
-    put();
-  }
-  std::vector<uint16_t> get() const {
-    std::vector<uint16_t> got(size());
-    CHECK(cudaMemcpy(got.data(), view.data, size() * 2, cudaMemcpyDeviceToHost));
-    return got;
-  }
-  // Against [B, H, S, D] floats.
-  std::string compare(const float* device, double limit, bool& good) const {
-    std::vector<float> want(B * H * S * D);
-    CHECK(cudaMemcpy(want.data(), device, want.size() * 4, cudaMemcpyDeviceToHost));
-    const std::vector<uint16_t> got = get();
-    double error = 0, norm = 0, most = 0;
-    int64_t wrong_class = 0, outside = 0, first_bad = -1;
-    for (int64_t b = 0; b < B; ++b)
-      for (int64_t t = 0; t < S_all; ++t)
-        for (int64_t h = 0; h < H; ++h)
-          for (int64_t d = 0; d < D_all; ++d) {
-            const uint16_t bits = got[((b * S_all + t) * H + h) * D_all + d];
-            if (t >= S || d >= D) {
-              outside += bits != 0xffff;
-              continue;
-            }
-            Element e;
-            std::memcpy(&e, &bits, 2);
-            const int64_t at = ((b * H + h) * S + t) * D + d;
-            const float x = float(e), y = want[at];
-            if (std::isfinite(x) != std::isfinite(y)) {
-              ++wrong_class;
-              if (first_bad < 0) first_bad = at;
-              continue;
-            }
-            if (!std::isfinite(y)) continue;
-            error += double(x - y) * (x - y);
-            norm += double(y) * y;
-            most = std::max<double>(most, std::fabs(x - y) - 0.03 * std::fabs(y));
-          }
-    error = std::sqrt(error / std::max(norm, 1e-20));
-    const double rms = std::sqrt(norm / std::max<double>(want.size(), 1));
-    // A gradient that is zero but for rounding has no relative error.
-    const bool fine = (error < limit || rms < 1e-3) && most < 0.05 + 0.2 * rms &&
-                      wrong_class == 0 && outside == 0;
-    good &= fine;
-    char text[200];
-    std::snprintf(text, sizeof text, "%s%.1e most %.1e rms %.1e class %ld out %ld%s",
-                  fine ? "" : "!!", error, most, rms, long(wrong_class), long(outside),
-                  first_bad < 0 ? "" : (" at " + std::to_string(first_bad)).c_str());
-    return text;
-  }
 };
 
 template <typename Element>
@@ -374,11 +153,7 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   a.dq = dq.view, a.dk = dk.view, a.dv = dv.view;
   a.lse = lse;
   if (seed % 4 == 0) a.dlse = dlse;
-  a.mask = c.mask == 0   ? Mask::full(c.S_kv)
-           : c.mask == 1 ? Mask::causal(c.S_q, c.S_kv, Alignment::top_left)
-           : c.mask == 2 ? Mask::causal(c.S_q, c.S_kv, Alignment::bottom_right)
-                         : Mask::window(c.S_q, c.S_kv, Alignment::bottom_right, 37 + seed % 200,
-                                        seed % 3 ? int(seed % 50) : 0);
+  a.mask = mask_of(c.mask, c.S_q, c.S_kv, seed);
   a.scale = ScoreScale::from(c.scale, a.dtype);
   a.factor = c.scale;
   forward_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, lse);

@@ -4,23 +4,11 @@
 
 #include "cuda/hopper/backward_call.h"
 #include "cuda/hopper/backward_map.cuh"
+#include "cuda/hopper/band.cuh"
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace online_attention::cuda::hopper {
-
-// The queries that see all keys of [kv_begin, kv_end).
-__device__ __forceinline__ QRange seen_by_all_of(const Mask& mask, int32_t kv_begin,
-                                                 int32_t kv_end) {
-  if (kv_end > mask.s_kv) return {0, 0};
-  constexpr int64_t kNone = Mask::kUnbounded;
-  const int64_t begin =
-      mask.diagonal_max == Mask::kUnbounded ? 0 : int64_t{kv_end} - 1 - mask.diagonal_max;
-  const int64_t end =
-      mask.diagonal_min == -Mask::kUnbounded ? kNone : kv_begin + int64_t{1} - mask.diagonal_min;
-  return {static_cast<int32_t>(min(max(begin, int64_t{0}), kNone)),
-          static_cast<int32_t>(max(min(end, kNone), int64_t{0}))};
-}
 
 // Writes it field by field: few registers are at hand.
 template <BackwardConfig kConfig>
@@ -33,7 +21,7 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const BackwardCall& 
   tile.b = at.b;
   tile.h_kv = at.h_kv;
   tile.kv_begin = kv_begin;
-  const QRange plain = seen_by_all_of(mask, kv_begin, kv_end);
+  const QRange plain = queries_of_all(mask, kv_begin, kv_end);
   tile.plain_begin = plain.begin;
   tile.plain_end = plain.end;
   const QRange queries = mask.q_range(kv_begin, kv_end, static_cast<int32_t>(call.args.shape.S_q));

@@ -1,35 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/hopper/backward_rows.h"
 
-#include "core/softmax_row.h"
-#include "cuda/fragment.cuh"
+#include "cuda/hopper/backward_row_parts.cuh"
 #include "cuda/launch.cuh"
 
 namespace online_attention::cuda::hopper {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVector = 8;  // elements in 16 bytes
-
-template <typename Element>
-struct alignas(16) Pack {
-  Element e[kVector];
-};
-
-// Padding rows: P is 0 there, and they must not look like rows that hold Inf or NaN.
-constexpr float kPaddingLse = 1e38f;
-
 // 8 threads share a row of 64 columns, 16 one of 128. What a row reads does not depend on the
 // others, so that a row's terms are the same in any batch.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRowThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardArgs args,
                         const __grid_constant__ BackwardBuffers buffers, uint32_t rows,
                         uint32_t head_rows, int32_t tile_m, int lanes) {
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % lanes;
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is read last is used first
-  const uint32_t row = block * (kThreads / lanes) + threadIdx.x / lanes;
+  const uint32_t row = block * (kRowThreads / lanes) + threadIdx.x / lanes;
   if (buffers.taken != nullptr && row == 0 && lane == 0) *buffers.taken = 0;
   if (row >= rows) return;  // whole rows, of half a warp at least
   const uint32_t head = row / head_rows, heads = static_cast<uint32_t>(shape.H);
@@ -38,14 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   float sum = 0;
   const bool exists = s < shape.S_q;
   if (exists && lane * kVector < shape.D_v) {
-    const auto* out = args.out.template row<const Element>(b, h, s) + lane * kVector;
-    const auto* dout = args.dout.template row<const Element>(b, h, s) + lane * kVector;
-    const auto x = *reinterpret_cast<const Pack<Element>*>(out);
-    const auto y = *reinterpret_cast<const Pack<Element>*>(dout);
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      sum += static_cast<float>(x.e[e]) * static_cast<float>(y.e[e]);
-    }
+    sum = delta_part<Element>(args, b, h, s, lane);
   }
   if (buffers.added != nullptr) {
     if (s % tile_m == 0 && lane < BackwardConfig::kGroups) {
@@ -68,22 +49,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(among, sum, other);
   if (lane != 0) return;
   const int64_t place = int64_t{row} - s + BackwardConfig::term_place(s);
-  if (!exists) {
-    buffers.delta[place] = 0;
-    buffers.lse2[place] = kPaddingLse;
-    return;
-  }
-  const int64_t index = int64_t{head} * shape.S_q + s;
-  const float dlse = args.dlse == nullptr ? 0 : static_cast<const float*>(args.dlse)[index];
-  const float lse = static_cast<const float*>(args.lse)[index];
-  buffers.delta[place] = sum - dlse;  // (E28)
-  buffers.lse2[place] =
-      lse == -kInfinity<float> ? kInfinity<float> : SoftmaxRow<float>::from_lse(lse).m;
+  store_terms(args, buffers, head, s, place, sum);
 }
 
 // A block for each query tile of each head, which scales, rounds and writes its dQ.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRowThreads)
     finish_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
                      BackwardConfig config, int32_t q_tiles) {
   extern __shared__ __align__(16) unsigned char smem[];
@@ -93,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   const int pitch = config.boxes() * BackwardConfig::kColumns + kVector;  // in elements
   const auto factor = static_cast<float>(args.factor);
   const auto* fours = reinterpret_cast<const float4*>(sums + int64_t{block} * config.dq_floats());
-  for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kThreads) {
+  for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kRowThreads) {
     const float4 x = fours[i];
     const float four[4] = {x.x, x.y, x.z, x.w};
     const DqPlace at = dq_place(config, 4 * i);
@@ -104,17 +75,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  const int64_t head = block / q_tiles;
-  const int32_t q_begin = block % q_tiles * config.tile_m;
-  const int64_t b = head / args.shape.H, h = head % args.shape.H;
-  const int chunks = static_cast<int>(args.shape.D) / kVector;
-  for (int i = threadIdx.x; i < config.tile_m * chunks; i += kThreads) {
-    const int row = i / chunks, column = i % chunks * kVector;
-    if (q_begin + row >= args.shape.S_q) break;
-    Element* target = args.dq.template row<Element>(b, h, q_begin + row) + column;
-    *reinterpret_cast<uint4*>(target) =
-        *reinterpret_cast<const uint4*>(tile + row * pitch + column);
-  }
+  store_dq_rows(args, tile, pitch, block, q_tiles, config.tile_m);
 }
 
 template <typename Element>
@@ -124,8 +85,8 @@ Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan, const Back
   const auto head_rows = static_cast<uint32_t>(plan.q_tiles * config.tile_m);
   // Fewer than 2^32: the sums of so many rows are larger than any memory.
   const auto rows = static_cast<uint32_t>(args.shape.B * args.shape.H * head_rows);
-  return launch(prepare_rows_kernel<Element>, ceil_div<int64_t>(rows, kThreads / lanes), kThreads,
-                0, stream, args, buffers, rows, head_rows, config.tile_m, lanes);
+  return launch(prepare_rows_kernel<Element>, ceil_div<int64_t>(rows, kRowThreads / lanes),
+                kRowThreads, 0, stream, args, buffers, rows, head_rows, config.tile_m, lanes);
 }
 
 template <typename Element>
@@ -133,7 +94,7 @@ Status finish_as(const BackwardArgs& args, const BackwardPlan& plan, const Backw
                  const BackwardBuffers& buffers, void* stream) {
   const int bytes =
       config.tile_m * (config.boxes() * BackwardConfig::kColumns + kVector) * sizeof(Element);
-  return launch(finish_dq_kernel<Element>, plan.dq_tiles(), kThreads, bytes, stream, args,
+  return launch(finish_dq_kernel<Element>, plan.dq_tiles(), kRowThreads, bytes, stream, args,
                 static_cast<const float*>(buffers.dq_sums), config,
                 static_cast<int32_t>(plan.q_tiles));
 }

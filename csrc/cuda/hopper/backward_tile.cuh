@@ -38,8 +38,7 @@ struct BackwardTile : WarpgroupThread {
   // Starts dV += P^T dO or dK += dS^T Q.
   __device__ __forceinline__ static void start_gradient(float (&acc)[kGradients], Rounded& pairs,
                                                         uint32_t queries) {
-    start_registers_by_columns<Element, kConfig.tile_m, kConfig.q_box_bytes()>(acc, pairs, queries,
-                                                                               true);
+    start_registers_by_columns<Element, kConfig.tile_m, kConfig.q_box_bytes()>(acc, pairs, queries);
   }
   // Starts the group's part of dQ^T = K^T dS^T.
   __device__ __forceinline__ static void start_dq(Dq& acc, uint32_t k, uint32_t ds, int group) {

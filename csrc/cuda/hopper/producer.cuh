@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/fragment.cuh"
+#include "cuda/hopper/band.cuh"
 #include "cuda/hopper/call.h"
 #include "cuda/hopper/shared_map.cuh"
 #include "cuda/ptx/barrier.cuh"
@@ -17,17 +18,6 @@ namespace online_attention::cuda::hopper {
 __device__ __forceinline__ uint32_t next_index(const ForwardCall& call, uint32_t index) {
   if (call.taken == nullptr) return index + gridDim.x;
   return gridDim.x + atomicAdd(call.taken, 1u);
-}
-
-// The keys that all queries of [q_begin, q_end) see.
-__device__ __forceinline__ KvRange seen_by_all(const Mask& mask, int32_t q_begin, int32_t q_end) {
-  const int64_t none = Mask::kUnbounded;
-  const int64_t begin =
-      mask.diagonal_min == -Mask::kUnbounded ? 0 : int64_t{q_end} - 1 + mask.diagonal_min;
-  const int64_t end =
-      mask.diagonal_max == Mask::kUnbounded ? none : q_begin + int64_t{1} + mask.diagonal_max;
-  return {static_cast<int32_t>(min(max(begin, int64_t{0}), none)),
-          static_cast<int32_t>(max(min(end, int64_t{mask.s_kv}), int64_t{0}))};
 }
 
 template <ForwardConfig kConfig>

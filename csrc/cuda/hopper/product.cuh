@@ -56,19 +56,18 @@ __device__ __forceinline__ void start_rows_by_rows(float (&d)[kSize], uint32_t a
   ptx::wgmma_commit();
 }
 
-// Starts D += A B, or D = A B: A [64, kDepth] in registers, rounded and paired, B the first kDepth
-// rows of a tile.
+// Starts D += A B: A [64, kDepth] in registers, rounded and paired, B the first kDepth rows of a
+// tile.
 template <typename Element, int kDepth, int kBoxB, int kSize, int kPairs>
 __device__ __forceinline__ void start_registers_by_columns(float (&d)[kSize], uint32_t (&a)[kPairs],
-                                                           uint32_t b, bool accumulate) {
+                                                           uint32_t b) {
   const uint64_t b_tile = smem_descriptor(b, kBoxB);
   ptx::held(a);
   ptx::held(d);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
-    ptx::wgmma_rs<Element>(d, a + 4 * step, b_tile + step * (16 * 128 / 16),
-                           step != 0 || accumulate);
+    ptx::wgmma_rs<Element>(d, a + 4 * step, b_tile + step * (16 * 128 / 16), true);
   }
   ptx::wgmma_commit();
 }

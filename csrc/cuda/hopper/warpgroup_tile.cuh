@@ -51,7 +51,7 @@ struct WarpgroupTile : WarpgroupThread {
   }
   // Starts O += P V.
   __device__ __forceinline__ void start_out(uint32_t v) {
-    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v, true);
+    start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v);
   }
 
   __device__ __forceinline__ void scale_scores(Scores& scores, float factor) {

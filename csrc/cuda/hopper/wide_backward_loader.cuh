@@ -3,6 +3,7 @@
 // walk over a block's steps.
 #pragma once
 
+#include "cuda/hopper/band.cuh"
 #include "cuda/hopper/wide_backward_call.h"
 #include "cuda/hopper/wide_backward_map.cuh"
 #include "cuda/ptx/bulk.cuh"
@@ -10,19 +11,6 @@
 #include "cuda/ptx/tma.cuh"
 
 namespace online_attention::cuda::hopper {
-
-// The queries that see all keys of [kv_begin, kv_end).
-__device__ __forceinline__ QRange queries_of_all(const Mask& mask, int32_t kv_begin,
-                                                 int32_t kv_end) {
-  if (kv_end > mask.s_kv) return {0, 0};
-  constexpr int64_t kNone = Mask::kUnbounded;
-  const int64_t begin =
-      mask.diagonal_max == Mask::kUnbounded ? 0 : int64_t{kv_end} - 1 - mask.diagonal_max;
-  const int64_t end =
-      mask.diagonal_min == -Mask::kUnbounded ? kNone : kv_begin + int64_t{1} - mask.diagonal_min;
-  return {static_cast<int32_t>(min(max(begin, int64_t{0}), kNone)),
-          static_cast<int32_t>(max(min(end, kNone), int64_t{0}))};
-}
 
 // Which of its cluster's blocks this is.
 __device__ __forceinline__ int cluster_rank() {

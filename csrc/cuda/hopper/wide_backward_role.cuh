@@ -137,7 +137,7 @@ struct WideBackwardRole : WarpgroupThread {
 #pragma unroll
     for (int i = 0; i < Gradient::kParts; ++i) {
       start_registers_by_columns<Element, kTileM, kBox>(
-          gradient.part[i], a, Map::operand(b) + i * Gradient::kPartBoxes * kBox, true);
+          gradient.part[i], a, Map::operand(b) + i * Gradient::kPartBoxes * kBox);
     }
   }
   // The warp's 16 rows of a gradient, by way of shared memory that nobody reads any more.

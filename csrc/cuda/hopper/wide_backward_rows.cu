@@ -1,35 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/hopper/wide_backward_rows.h"
 
-#include "core/softmax_row.h"
-#include "cuda/fragment.cuh"
+#include "cuda/hopper/backward_row_parts.cuh"
 #include "cuda/launch.cuh"
 
 namespace online_attention::cuda::hopper {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVector = 8;  // elements in 16 bytes
-
-template <typename Element>
-struct alignas(16) Pack {
-  Element e[kVector];
-};
-
-// Padding rows: P is 0 there, and they must not look like rows that hold Inf or NaN.
-constexpr float kPaddingLse = 1e38f;
-
 // A warp for each row. What it reads and zeroes does not depend on other rows, so that a row's
 // terms are the same in any batch.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRowThreads)
     prepare_wide_rows_kernel(const __grid_constant__ BackwardArgs args,
                              const __grid_constant__ WideBackwardBuffers buffers, int64_t rows,
                              int32_t head_rows, int row_sums) {
   const Shape& shape = args.shape;
   const int lane = threadIdx.x % 32;
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is written last is used first
-  const int64_t row = int64_t{block} * (kThreads / 32) + threadIdx.x / 32;
+  const int64_t row = int64_t{block} * (kRowThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   const int64_t head = row / head_rows;
   const auto s = static_cast<int32_t>(row % head_rows);
@@ -37,36 +25,19 @@ __global__ void __launch_bounds__(kThreads)
   const bool exists = s < shape.S_q;
   if (exists && lane * kVector < shape.D_v) {
     const int64_t b = head / shape.H, h = head % shape.H;
-    const auto* out = args.out.template row<const Element>(b, h, s) + lane * kVector;
-    const auto* dout = args.dout.template row<const Element>(b, h, s) + lane * kVector;
-    const auto x = *reinterpret_cast<const Pack<Element>*>(out);
-    const auto y = *reinterpret_cast<const Pack<Element>*>(dout);
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      sum += static_cast<float>(x.e[e]) * static_cast<float>(y.e[e]);
-    }
+    sum = delta_part<Element>(args, b, h, s, lane);
   }
   auto* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * row_sums);
   for (int i = lane; i < row_sums / 4; i += 32) zeros[i] = float4{};
   for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
   if (lane != 0) return;
   const int64_t place = row - s + BackwardConfig::term_place(s);
-  if (!exists) {
-    buffers.delta[place] = 0;
-    buffers.lse2[place] = kPaddingLse;
-    return;
-  }
-  const int64_t index = head * shape.S_q + s;
-  const float dlse = args.dlse == nullptr ? 0 : static_cast<const float*>(args.dlse)[index];
-  const float lse = static_cast<const float*>(args.lse)[index];
-  buffers.delta[place] = sum - dlse;  // (E28)
-  buffers.lse2[place] =
-      lse == -kInfinity<float> ? kInfinity<float> : SoftmaxRow<float>::from_lse(lse).m;
+  store_terms(args, buffers, head, s, place, sum);
 }
 
 // A block for each query tile of each head, which scales, rounds and writes its dQ.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRowThreads)
     finish_wide_dq_kernel(const __grid_constant__ BackwardArgs args, const float* sums,
                           WideBackwardConfig config, int32_t q_tiles) {
   extern __shared__ __align__(16) unsigned char smem[];
@@ -76,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   const int pitch = config.boxes() * WideBackwardConfig::kColumns + kVector;  // in elements
   const auto factor = static_cast<float>(args.factor);
   const auto* fours = reinterpret_cast<const float4*>(sums + int64_t{block} * config.dq_floats());
-  for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kThreads) {
+  for (int i = threadIdx.x; i < config.dq_floats() / 4; i += kRowThreads) {
     const float4 x = fours[i];
     const float four[4] = {x.x, x.y, x.z, x.w};
     const DqPlace at = dq_place(config, 4 * i);
@@ -87,17 +58,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  const int64_t head = block / q_tiles;
-  const int32_t q_begin = block % q_tiles * config.tile_m;
-  const int64_t b = head / args.shape.H, h = head % args.shape.H;
-  const int chunks = static_cast<int>(args.shape.D) / kVector;
-  for (int i = threadIdx.x; i < config.tile_m * chunks; i += kThreads) {
-    const int row = i / chunks, column = i % chunks * kVector;
-    if (q_begin + row >= args.shape.S_q) break;
-    Element* target = args.dq.template row<Element>(b, h, q_begin + row) + column;
-    *reinterpret_cast<uint4*>(target) =
-        *reinterpret_cast<const uint4*>(tile + row * pitch + column);
-  }
+  store_dq_rows(args, tile, pitch, block, q_tiles, config.tile_m);
 }
 
 template <typename Element>
@@ -106,8 +67,8 @@ Status prepare_as(const BackwardArgs& args, const BackwardPlan& plan,
                   void* stream) {
   const auto head_rows = static_cast<int32_t>(plan.q_tiles * config.tile_m);
   const int64_t rows = args.shape.B * args.shape.H * head_rows;
-  return launch(prepare_wide_rows_kernel<Element>, ceil_div<int64_t>(rows, kThreads / 32), kThreads,
-                0, stream, args, buffers, rows, head_rows,
+  return launch(prepare_wide_rows_kernel<Element>, ceil_div<int64_t>(rows, kRowThreads / 32),
+                kRowThreads, 0, stream, args, buffers, rows, head_rows,
                 config.boxes() * WideBackwardConfig::kColumns);
 }
 
@@ -117,7 +78,7 @@ Status finish_as(const BackwardArgs& args, const BackwardPlan& plan,
                  void* stream) {
   const int bytes =
       config.tile_m * (config.boxes() * WideBackwardConfig::kColumns + kVector) * sizeof(Element);
-  return launch(finish_wide_dq_kernel<Element>, plan.dq_tiles(), kThreads, bytes, stream, args,
+  return launch(finish_wide_dq_kernel<Element>, plan.dq_tiles(), kRowThreads, bytes, stream, args,
                 static_cast<const float*>(buffers.dq_sums), config,
                 static_cast<int32_t>(plan.q_tiles));
 }
