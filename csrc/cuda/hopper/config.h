@@ -54,8 +54,11 @@ struct ForwardConfig {
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const {
     return v_offset() + stages * v_bytes();
   }
-  // A Tile is read until its outputs are stored, longer than its queries.
-  ONLINE_ATTENTION_HD constexpr int tile_stages() const { return q_stages + 1; }
+  // A Tile is read until its outputs are stored: while the last S of the next query tile, if that
+  // has but one key tile, gives room to the one q_stages behind it.
+  ONLINE_ATTENTION_HD constexpr int tile_stages() const { return q_stages + 2; }
+  // Whether the last product of a query tile runs beside the first of the next.
+  ONLINE_ATTENTION_HD constexpr bool chained() const { return q_stages > 1; }
   ONLINE_ATTENTION_HD constexpr int barriers() const { return 2 * q_stages + 5 * stages; }
   ONLINE_ATTENTION_HD constexpr int tile_offset() const {
     return barrier_offset() + ceil_div(barriers() * 8, 64) * 64;
@@ -73,7 +76,9 @@ struct ForwardConfig {
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = consumers * consumer_registers() + producer_registers();
-    return smem_bytes() <= kSmemBytes && tile_n % 16 == 0 && registers * 128 <= 65536 &&
+    // A chained consumer leaves out key tiles while the values before them are still to be used.
+    const bool rings = !chained() || ceil_div(tile_m() - 64, tile_n) < stages;
+    return rings && smem_bytes() <= kSmemBytes && tile_n % 16 == 0 && registers * 128 <= 65536 &&
            (consumers == 2 || consumers == 3);
   }
 };

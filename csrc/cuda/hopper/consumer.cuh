@@ -31,6 +31,7 @@ struct Consumer {
   __device__ __forceinline__ int q_stage() const {
     return static_cast<int>(opened % kConfig.q_stages);
   }
+  __device__ __forceinline__ uint32_t queries_phase() const { return opened / kConfig.q_stages % 2; }
   __device__ __forceinline__ const Tile& tile() const {
     return smem.tile(static_cast<int>(opened % kConfig.tile_stages()));
   }
@@ -57,15 +58,15 @@ struct Consumer {
     if (!k_came) wait(smem.k_full(stage), phase_of(tiles));
     rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
   }
-  // O += P V of the last key tile, whose values have come.
-  __device__ __forceinline__ void start_out() { rows.start_out(smem.v(stage_of(tiles - 1))); }
+  // O += P V of a key tile whose values have come.
+  __device__ __forceinline__ void start_out(uint32_t i) { rows.start_out(smem.v(stage_of(i))); }
   // S has been computed: gives back the keys and, after the last of them, the queries.
   __device__ __forceinline__ void release_k() {
     ptx::mbarrier_arrive_if(smem.k_empty(stage_of(tiles)), speaks());
     ptx::mbarrier_arrive_if(smem.q_empty(q_stage()), speaks() && kv == kv_begin);
   }
-  __device__ __forceinline__ void release_v() {
-    ptx::mbarrier_arrive_if(smem.v_empty(stage_of(tiles - 1)), speaks());
+  __device__ __forceinline__ void release_v(uint32_t i) {
+    ptx::mbarrier_arrive_if(smem.v_empty(stage_of(i)), speaks());
   }
 
   // Consumers that start their products one after the other do not wait for each other's later. A
@@ -87,9 +88,9 @@ struct Consumer {
     if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
     return cut && call.args.mask.is_banded();
   }
-  // Values that the inspectors have looked through.
-  __device__ __forceinline__ void note_nonfinite() {
-    nonfinite |= smem.nonfinite(stage_of(tiles)) != 0;
+  // Of values that the inspectors have looked through.
+  __device__ __forceinline__ bool is_nonfinite() const {
+    return smem.nonfinite(stage_of(tiles)) != 0;
   }
 
   // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter,
@@ -99,7 +100,7 @@ struct Consumer {
   __device__ __forceinline__ void step() {
     take_turn();
     start_scores();
-    start_out();
+    start_out(tiles - 1);
     give_turn();
     ptx::wgmma_wait<1>();
     ptx::held(scores);
@@ -111,11 +112,11 @@ struct Consumer {
     rows.template weigh<0, Rows::kMiddle>(scores, w);
     ptx::held(scores);
     wait_values(v_came);
-    if (inspected) note_nonfinite();
+    nonfinite |= inspected && is_nonfinite();
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
-    release_v();
+    release_v(tiles - 1);
     ++tiles;
     k_came = keys_came();
     if (raised) rows.rescale(rows.alpha);
@@ -146,8 +147,16 @@ struct Consumer {
     }
   }
 
+  // Where the query tile's key tiles begin for this warpgroup.
+  __device__ __forceinline__ void open_rows() {
+    kv_begin = tile().kv_begin;
+    kv = kv_begin + (tile().kv_blocks - 1) * kConfig.tile_n;
+    skip_tiles(seen_end(tile()));
+  }
+
   // The first key tile of a query tile, with no product of this warpgroup beside it.
   __device__ __forceinline__ void begin_rows() {
+    open_rows();
     rows.reset();
     start_scores();
     const bool v_came = values_came();
@@ -160,7 +169,7 @@ struct Consumer {
     rows.template weigh<0, Rows::kScores>(scores, w);
     rows.end_weighing(scores, w);
     wait_values(v_came);
-    if (inspected) note_nonfinite();
+    nonfinite = inspected && is_nonfinite();
     ++tiles;
     k_came = keys_came();
   }
@@ -170,11 +179,8 @@ struct Consumer {
     return call.sign == 1 ? max(kv_begin, tile().plain_begin) : INT32_MAX;
   }
 
-  __device__ __forceinline__ void run_rows() {
-    kv_begin = tile().kv_begin;
-    kv = kv_begin + (tile().kv_blocks - 1) * kConfig.tile_n;
-    skip_tiles(seen_end(tile()));
-    begin_rows();
+  // All key tiles but the first, and all of O but that of the last.
+  __device__ __forceinline__ void run_steps() {
     while (kv != kv_begin) {
       kv -= kConfig.tile_n;
       if (kv < plain_begin() || kv + kConfig.tile_n > tile().plain_end) {
@@ -189,33 +195,97 @@ struct Consumer {
         kv -= kConfig.tile_n;
       }
     }
-    start_out();
-    rows.sum_quads();
-    finish_states(tile());
+  }
+
+  // Whether another query tile follows whose first key tile may run beside the last O += P V of
+  // this one; its queries have come then. What is rare ends a chain.
+  __device__ __forceinline__ bool has_next() const {
+    if (!kConfig.chained() || nonfinite || call.plan.splits > 1) return false;
+    const uint32_t next = opened + 1;
+    wait(smem.q_full(static_cast<int>(next % kConfig.q_stages)), next / kConfig.q_stages % 2);
+    return smem.tile(static_cast<int>(next % kConfig.tile_stages())).row_begin >= 0;
+  }
+
+  // The last O += P V of a query tile, with nothing beside it.
+  __device__ __forceinline__ void end_rows() {
+    const bool whole = call.plan.splits == 1;
+    start_out(tiles - 1);
+    RowFactors factors;
+    if (whole) factors = finish_states(tile(), rows.softmax);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
-    release_v();
+    release_v(tiles - 1);
+    if (whole) {
+      store_rows(tile(), factors);
+      if (nonfinite) {
+        add_nonfinite<Element>(tile(), [&](const RowPlace& at) { return out_row(tile(), at); });
+      }
+    } else {
+      store_split(tile());
+    }
+  }
+
+  // The same beside the first key tile of the next one: a step from one to the other.
+  __device__ __forceinline__ void chain_rows() {
+    const Tile& ended = tile();
+    const SoftmaxRow<float> softmax[2] = {rows.softmax[0], rows.softmax[1]};
+    const uint32_t last = tiles - 1;
+    ++opened;
+    open_rows();
+    take_turn();
+    start_scores();
+    start_out(last);
+    give_turn();
+    ptx::wgmma_wait<1>();
+    ptx::held(scores);
+    release_k();
+    const bool inspected = prepare_scores();
+    rows.reset_softmax();
+    rows.raise_to_tile(scores, call.scale_log2);
+    const bool v_came = values_came();
+    auto w = rows.begin_weighing(scores);
+    rows.template weigh<0, Rows::kMiddle>(scores, w);
+    ptx::held(scores);
+    wait_values(v_came);
+    nonfinite = inspected && is_nonfinite();
+    ptx::wgmma_wait<0>();
+    ptx::held(rows.out);
+    ptx::held(rows.p);
+    release_v(last);
+    ++tiles;
+    k_came = keys_came();
+    rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
+    rows.end_weighing(scores, w);
+    store_rows(ended, finish_states(ended, softmax));
+    rows.clear();
   }
 
   // A split with no key that the query tile sees.
   __device__ __forceinline__ void pass_rows() {
     if (speaks()) ptx::mbarrier_arrive(smem.q_empty(q_stage()));
     rows.reset();
-    finish_states(tile());
+    nonfinite = false;
+    store_split(tile());
   }
 
   __device__ __forceinline__ void run() {
     if (group == kConfig.consumers - 1) give_turn();
     for (;; ++opened) {
-      wait(smem.q_full(q_stage()), opened / kConfig.q_stages % 2);
+      wait(smem.q_full(q_stage()), queries_phase());
       if (tile().row_begin < 0) return;
       if (tile().kv_blocks > 0) {
-        run_rows();
+        begin_rows();
+#pragma unroll 1
+        for (;;) {
+          run_steps();
+          if (!has_next()) break;
+          chain_rows();
+        }
+        end_rows();
       } else {
         pass_rows();
       }
-      store(tile());
     }
   }
 
@@ -233,47 +303,52 @@ struct Consumer {
     return {h, q_idx, (int64_t{tile.b} * shape.H + h) * shape.S_q + q_idx, q_idx < call.last_query};
   }
 
-  // The rows' lse, or what combine needs, and what the outputs are to be multiplied by, in alpha.
-  __device__ __forceinline__ void finish_states(const Tile& tile) {
-    const bool whole = call.plan.splits == 1;
+  // What the outputs are to be multiplied by; writes the rows' lse, or what combine needs.
+  struct RowFactors {
+    float of[2];
+  };
+  __device__ __forceinline__ RowFactors finish_states(const Tile& tile,
+                                                      const SoftmaxRow<float> (&softmax)[2]) const {
+    RowFactors factors;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      rows.alpha[h] = whole ? rows.inverse_sum(h) : 1;
+      SoftmaxRow<float> row = softmax[h];
+      row.l = quad_sum(row.l);
+      factors.of[h] = Rows::inverse_sum(row);
       const RowPlace at = place(tile, rows.row(h));
-      if (!at.exists || rows.lane() % 4 != 0) continue;
-      if (whole) {
-        static_cast<float*>(call.args.lse)[at.row] = rows.lse(h);
-      } else {
-        call.partial.states[tile.split * call.partial.rows + at.row] = rows.softmax[h];
-      }
+      ptx::store_if(static_cast<float*>(call.args.lse) + at.row, Rows::lse(row), at.exists && rows.lane() % 4 == 0);
     }
+    return factors;
+  }
+  __device__ __forceinline__ void store_rows(const Tile& tile, const RowFactors& factors) {
+    rows.rescale(factors.of);
+    const RowPlace places[2] = {place(tile, rows.row(0)), place(tile, rows.row(1))};
+    rows.write_rows({out_row(tile, places[0]), out_row(tile, places[1])},
+                    {places[0].exists, places[1].exists}, static_cast<int>(call.args.shape.D_v));
+  }
+  __device__ __forceinline__ Element* out_row(const Tile& tile, const RowPlace& at) const {
+    return call.args.out.row<Element>(tile.b, at.h, at.q_idx);
   }
 
-  __device__ __forceinline__ void store(const Tile& tile) {
-    const ForwardArgs& args = call.args;
+  // The same for a split: states and sums for combine.
+  __device__ __forceinline__ void store_split(const Tile& tile) {
     const SplitBuffers<float>& partial = call.partial;
-    const int64_t columns = partial.padded_columns(args.shape);
-    const auto D_v = static_cast<int>(args.shape.D_v);
+    const int64_t columns = partial.padded_columns(call.args.shape);
+    const auto row_of = [&](const RowPlace& at) {
+      return partial.out + (tile.split * partial.rows + at.row) * columns;
+    };
     const RowPlace places[2] = {place(tile, rows.row(0)), place(tile, rows.row(1))};
-    if (call.plan.splits == 1) {
-      const auto out = [&](const RowPlace& at) {
-        return args.out.row<Element>(tile.b, at.h, at.q_idx);
-      };
-      rows.rescale(rows.alpha);
-      rows.write_rows({places[0].exists ? out(places[0]) : nullptr,
-                       places[1].exists ? out(places[1]) : nullptr},
-                      D_v);
-      if (nonfinite) add_nonfinite<Element>(tile, out);
-    } else {  // before normalisation
-      const auto out = [&](const RowPlace& at) {
-        return partial.out + (tile.split * partial.rows + at.row) * columns;
-      };
-      rows.write_sums({places[0].exists ? out(places[0]) : nullptr,
-                       places[1].exists ? out(places[1]) : nullptr},
-                      D_v);
-      if (nonfinite) add_nonfinite<float>(tile, out);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      SoftmaxRow<float> row = rows.softmax[h];
+      row.l = quad_sum(row.l);
+      if (!places[h].exists || rows.lane() % 4 != 0) continue;
+      partial.states[tile.split * partial.rows + places[h].row] = row;
     }
-    nonfinite = false;
+    rows.write_sums({places[0].exists ? row_of(places[0]) : nullptr,
+                     places[1].exists ? row_of(places[1]) : nullptr},
+                    static_cast<int>(call.args.shape.D_v));
+    if (nonfinite) add_nonfinite<float>(tile, row_of);
   }
 
   // Adds the Inf and NaN elements of values that the mask cuts, which the product has seen as

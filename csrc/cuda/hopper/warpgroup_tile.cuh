@@ -10,6 +10,7 @@
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/product.cuh"
 #include "cuda/ptx/approximate.cuh"
+#include "cuda/ptx/global.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::hopper {
@@ -86,10 +87,16 @@ struct WarpgroupTile : WarpgroupThread {
 
   // No key has been seen.
   __device__ __forceinline__ void reset() {
-#pragma unroll
-    for (float& x : out) x = 0;
+    reset_softmax();
+    clear();
+  }
+  __device__ __forceinline__ void reset_softmax() {
 #pragma unroll
     for (SoftmaxRow<float>& row : softmax) row = {};
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& x : out) x = 0;
   }
 
   // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
@@ -194,11 +201,11 @@ struct WarpgroupTile : WarpgroupThread {
 
   // (E9), (E10). The sum of a row that saw a key lies between 1 and 2^kSlack S_kv, where the
   // approximate instructions are good to 2^-22.
-  __device__ __forceinline__ float inverse_sum(int h) const {
-    return softmax[h].l == 0 ? 0 : ptx::reciprocal(softmax[h].l);
+  __device__ __forceinline__ static float inverse_sum(const SoftmaxRow<float>& row) {
+    return row.l == 0 ? 0 : ptx::reciprocal(row.l);
   }
-  __device__ __forceinline__ float lse(int h) const {
-    return (softmax[h].m + ptx::log2(softmax[h].l)) * static_cast<float>(kLn2);
+  __device__ __forceinline__ static float lse(const SoftmaxRow<float>& row) {
+    return (row.m + ptx::log2(row.l)) * static_cast<float>(kLn2);
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
@@ -206,9 +213,10 @@ struct WarpgroupTile : WarpgroupThread {
     for (int i = 0; i < kOuts; ++i) out[i] *= factor[i / 2 % 2];
   }
 
-  // Writes the thread's two rows of the output, rounded, to out[h] where that is not null, columns
+  // Writes the thread's two rows of the output, rounded, to out[h] where they exist, columns
   // [0, columns): a multiple of 8, on 16-byte boundaries.
-  __device__ __forceinline__ void write_rows(Element* const (&to)[2], int columns) const {
+  __device__ __forceinline__ void write_rows(Element* const (&to)[2], const bool (&exists)[2],
+                                             int columns) const {
     const int t = lane() % 4;
 #pragma unroll
     for (int n = 0; n < kConfig.value_dim / 8; n += 4) {
@@ -221,10 +229,7 @@ struct WarpgroupTile : WarpgroupThread {
         }
         transpose_quad(words);
         const int column = 8 * (n + t);
-        if (to[h] != nullptr && column < columns) {
-          *reinterpret_cast<uint4*>(to[h] + column) =
-              make_uint4(words[0], words[1], words[2], words[3]);
-        }
+        ptx::store_if(to[h] + column, words, exists[h] && column < columns);
       }
     }
   }
