@@ -33,6 +33,8 @@ struct ForwardConfig {
   int q_stages = 0;   // query tiles there: one is computed, another may be on its way
   // In calls without a mask the consumers start their products in turns.
   bool turns = false;
+  // Exponentials of a thread's scores that do not wait for O += P V of the key tile before.
+  int early = 16;
 
   static constexpr int kColumns = 64;            // of a box: 128 bytes, what a swizzled row holds
   static constexpr int kRowBytes = 128;          // of such a box

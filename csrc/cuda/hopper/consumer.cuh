@@ -243,20 +243,20 @@ struct Consumer {
     const bool inspected = prepare_scores();
     rows.reset_softmax();
     rows.raise_to_tile(scores, call.scale_log2);
-    const bool v_came = values_came();
     auto w = rows.begin_weighing(scores);
     rows.template weigh<0, Rows::kMiddle>(scores, w);
     ptx::held(scores);
-    wait_values(v_came);
-    nonfinite = inspected && is_nonfinite();
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
-    release_v(last);
-    ++tiles;
-    k_came = keys_came();
+    release_v(last);  // before the wait for values that may come in its place
+    const bool v_came = values_came();
     rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
     rows.end_weighing(scores, w);
+    wait_values(v_came);
+    nonfinite = inspected && is_nonfinite();
+    ++tiles;
+    k_came = keys_came();
     store_rows(ended, finish_states(ended, softmax));
     rows.clear();
   }

@@ -151,7 +151,7 @@ struct WarpgroupTile : WarpgroupThread {
   // (E7), (E8) Exponents, probabilities, sums, rounding of a key tile. Instructions are written in
   // the order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
   // stands between two of them, for scores that come later or earlier, is free.
-  static constexpr int kMiddle = kScores / 16 * 8;  // from here on P may be written
+  static constexpr int kMiddle = kConfig.early;  // from here on P may be written
   static constexpr int kLead = 8, kLag = 8;
   struct Weighing {
     float base[2];
@@ -161,10 +161,7 @@ struct WarpgroupTile : WarpgroupThread {
     return fmaf(score, factor, -w.base[i / 2 % 2]);
   }
   __device__ __forceinline__ Weighing begin_weighing(Scores& scores) {
-    Weighing w = {{softmax[0].base(), softmax[1].base()}, {}};
-#pragma unroll
-    for (int i = 0; i < kLead; ++i) scores[i] = exponent(scores[i], w, i);
-    return w;
+    return {{softmax[0].base(), softmax[1].base()}, {}};
   }
   __device__ __forceinline__ void round(const Scores& scores, int pair) {
     p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
@@ -177,9 +174,11 @@ struct WarpgroupTile : WarpgroupThread {
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void weigh(Scores& scores, Weighing& w) {
 #pragma unroll
+    for (int i = kBegin; i < kBegin + kLead && i < kEnd; ++i) scores[i] = exponent(scores[i], w, i);
+#pragma unroll
     for (int i = kBegin; i < kEnd; ++i) {
       scores[i] = exp2_of(scores[i]);
-      if (i + kLead < kScores) scores[i + kLead] = exponent(scores[i + kLead], w, i + kLead);
+      if (i + kLead < kEnd) scores[i + kLead] = exponent(scores[i + kLead], w, i + kLead);
       if (i >= kLag) w.sum[(i - kLag) % 4] += scores[i - kLag];
       if (rounded_before(i + 1) > rounded_before(i)) round(scores, rounded_before(i));
     }
