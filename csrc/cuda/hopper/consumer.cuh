@@ -53,12 +53,10 @@ struct Consumer {
     if (!came) wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
   }
 
-  __device__ __forceinline__ void wait_keys() const {
-    if (!k_came) wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
-  }
   __device__ __forceinline__ void start_scores() {
-    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(),
-                      smem.k(stage_of(tiles)));
+    const int stage = stage_of(tiles);
+    if (!k_came) wait(smem.k_full(stage), phase_of(tiles));
+    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
   }
   // O += P V of a key tile whose values have come.
   __device__ __forceinline__ void start_out(uint32_t i) { rows.start_out(smem.v(stage_of(i))); }
@@ -74,7 +72,7 @@ struct Consumer {
   // Consumers that start their products one after the other do not wait for each other's later. A
   // turn is a step, of which all have the same number in a call without a mask.
   __device__ __forceinline__ bool has_turns() const {
-    return kConfig.turns;
+    return kConfig.turns && !call.args.mask.is_banded();
   }
   __device__ __forceinline__ void take_turn() const {
     if (has_turns()) ptx::barrier_sync(kTurnBarrier + group, 2 * 128);
@@ -101,7 +99,6 @@ struct Consumer {
   template <bool kPlain>
   __device__ __forceinline__ void step() {
     take_turn();
-    wait_keys();
     start_scores();
     start_out(tiles - 1);
     give_turn();
@@ -139,8 +136,6 @@ struct Consumer {
   // Key tiles that none of the warpgroup's rows sees, as long as another is left.
   __device__ __forceinline__ void skip_tiles(int32_t seen_end) {
     while (kv >= seen_end && kv != kv_begin) {
-      take_turn();
-      give_turn();
       const int stage = stage_of(tiles);
       wait(smem.k_full(stage), phase_of(tiles));
       if (speaks()) ptx::mbarrier_arrive(smem.k_empty(stage));
@@ -159,10 +154,11 @@ struct Consumer {
     skip_tiles(seen_end(tile()));
   }
 
-  // The first key tile of a query tile, when its scores have been started.
+  // The first key tile of a query tile, with no product of this warpgroup beside it.
   __device__ __forceinline__ void begin_rows() {
-    rows.reset_softmax();
-    rows.clear();
+    open_rows();
+    rows.reset();
+    start_scores();
     const bool v_came = values_came();
     ptx::wgmma_wait<0>();
     ptx::held(scores);
@@ -210,7 +206,7 @@ struct Consumer {
     return smem.tile(static_cast<int>(next % kConfig.tile_stages())).row_begin >= 0;
   }
 
-  // When the last O += P V of a query tile has been started, and nothing follows it.
+  // The last O += P V of a query tile, with nothing beside it.
   __device__ __forceinline__ void end_rows() {
     const bool whole = call.plan.splits == 1;
     start_out(tiles - 1);
@@ -230,23 +226,39 @@ struct Consumer {
     }
   }
 
-  // The same where another query tile follows: its first S = Q K^T runs while outputs are stored.
+  // The same beside the first key tile of the next one: a step from one to the other.
   __device__ __forceinline__ void chain_rows() {
     const Tile& ended = tile();
+    const SoftmaxRow<float> softmax[2] = {rows.softmax[0], rows.softmax[1]};
     const uint32_t last = tiles - 1;
     ++opened;
     open_rows();
-    wait_keys();
     take_turn();
-    start_out(last);
     start_scores();
+    start_out(last);
     give_turn();
     ptx::wgmma_wait<1>();
+    ptx::held(scores);
+    release_k();
+    const bool inspected = prepare_scores();
+    rows.reset_softmax();
+    rows.raise_to_tile(scores, call.scale_log2);
+    auto w = rows.begin_weighing(scores);
+    rows.template weigh<0, Rows::kMiddle>(scores, w);
+    ptx::held(scores);
+    ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
-    release_v(last);
-    store_rows(ended, finish_states(ended, rows.softmax));
-    begin_rows();
+    release_v(last);  // before the wait for values that may come in its place
+    const bool v_came = values_came();
+    rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
+    rows.end_weighing(scores, w);
+    wait_values(v_came);
+    nonfinite = inspected && is_nonfinite();
+    ++tiles;
+    k_came = keys_came();
+    store_rows(ended, finish_states(ended, softmax));
+    rows.clear();
   }
 
   // A split with no key that the query tile sees.
@@ -263,11 +275,6 @@ struct Consumer {
       wait(smem.q_full(q_stage()), queries_phase());
       if (tile().row_begin < 0) return;
       if (tile().kv_blocks > 0) {
-        open_rows();
-        wait_keys();
-        take_turn();
-        start_scores();
-        give_turn();
         begin_rows();
 #pragma unroll 1
         for (;;) {
