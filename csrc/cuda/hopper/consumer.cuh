@@ -18,7 +18,8 @@ struct Consumer {
   int group;            // 0 .. consumers - 1
   uint32_t opened = 0;  // query tiles before this one
   uint32_t tiles = 0;   // key tiles whose scores are done; the values of the last are still to come
-  bool k_came = false;  // whether the keys of the next one are known to be there
+  // Whether the keys of the next one, and the values of the last, are known to be there.
+  bool k_came = false, v_came = false;
   Rows rows;
   typename Rows::Scores scores;
   bool nonfinite = false;  // some value of the query tile was, see inspect_values
@@ -43,20 +44,26 @@ struct Consumer {
   __device__ __forceinline__ static uint32_t phase_of(uint32_t i) { return i / kConfig.stages % 2; }
 
   // Barriers are asked early and waited for, if need be, late: an answer takes a hundred cycles.
-  __device__ __forceinline__ bool keys_came() const {
-    return ptx::mbarrier_test_wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
+  __device__ __forceinline__ bool keys_came(uint32_t i) const {
+    return ptx::mbarrier_test_wait(smem.k_full(stage_of(i)), phase_of(i));
   }
   __device__ __forceinline__ bool values_came() const {
     return ptx::mbarrier_test_wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
   }
-  __device__ __forceinline__ void wait_values(bool came) const {
-    if (!came) wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+  // For the next S = Q K^T and O += P V.
+  __device__ __forceinline__ void wait_operands() const {
+    if (k_came && v_came) return;
+    wait(smem.v_full(stage_of(tiles - 1)), phase_of(tiles - 1));
+    wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
+  }
+
+  __device__ __forceinline__ void wait_keys() const {
+    if (!k_came) wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
   }
 
   __device__ __forceinline__ void start_scores() {
-    const int stage = stage_of(tiles);
-    if (!k_came) wait(smem.k_full(stage), phase_of(tiles));
-    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
+    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(),
+                      smem.k(stage_of(tiles)));
   }
   // O += P V of a key tile whose values have come.
   __device__ __forceinline__ void start_out(uint32_t i) { rows.start_out(smem.v(stage_of(i))); }
@@ -88,10 +95,6 @@ struct Consumer {
     if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
     return cut && call.args.mask.is_banded();
   }
-  // Of values that the inspectors have looked through.
-  __device__ __forceinline__ bool is_nonfinite() const {
-    return smem.nonfinite(stage_of(tiles)) != 0;
-  }
 
   // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter,
   // which must have ended before P is written: half the exponentials come first. `kPlain`: no mask
@@ -99,6 +102,7 @@ struct Consumer {
   template <bool kPlain>
   __device__ __forceinline__ void step() {
     take_turn();
+    wait_operands();
     start_scores();
     start_out(tiles - 1);
     give_turn();
@@ -107,21 +111,26 @@ struct Consumer {
     release_k();
     const bool inspected = !kPlain && prepare_scores();
     const bool raised = rows.raise_maxima(scores, call.scale_log2);
-    const bool v_came = values_came();
     auto w = rows.begin_weighing(scores);
-    rows.template weigh<0, Rows::kMiddle>(scores, w);
-    ptx::held(scores);
-    wait_values(v_came);
-    nonfinite |= inspected && is_nonfinite();
+    rows.template weigh<0, Rows::kEarly>(scores, w);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
     release_v(tiles - 1);
-    ++tiles;
-    k_came = keys_came();
+    v_came = values_came();
+    k_came = keys_came(tiles + 1);
     if (raised) rows.rescale(rows.alpha);
-    rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
+    rows.template weigh<Rows::kEarly, Rows::kScores>(scores, w);
     rows.end_weighing(scores, w);
+    if (!kPlain) note_values(inspected);
+    ++tiles;
+  }
+  // Values of the key tile are needed with the next one's scores; what the inspectors say of them,
+  // before that.
+  __device__ __forceinline__ void note_values(bool inspected) {
+    if (!v_came) wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+    v_came = true;
+    nonfinite |= inspected && smem.nonfinite(stage_of(tiles)) != 0;
   }
 
   // The first key behind those that the warpgroup's rows see.
@@ -158,8 +167,9 @@ struct Consumer {
   __device__ __forceinline__ void begin_rows() {
     open_rows();
     rows.reset();
+    wait_keys();
     start_scores();
-    const bool v_came = values_came();
+    v_came = values_came();
     ptx::wgmma_wait<0>();
     ptx::held(scores);
     release_k();
@@ -168,10 +178,10 @@ struct Consumer {
     auto w = rows.begin_weighing(scores);
     rows.template weigh<0, Rows::kScores>(scores, w);
     rows.end_weighing(scores, w);
-    wait_values(v_came);
-    nonfinite = inspected && is_nonfinite();
+    k_came = keys_came(tiles + 1);
+    nonfinite = false;
+    note_values(inspected);
     ++tiles;
-    k_came = keys_came();
   }
 
   // No mask cuts the key tiles from here on up to plain_end of the query tile.
@@ -195,6 +205,7 @@ struct Consumer {
         kv -= kConfig.tile_n;
       }
     }
+    if (!v_came) wait(smem.v_full(stage_of(tiles - 1)), phase_of(tiles - 1));
   }
 
   // Whether another query tile follows whose first key tile may run beside the last O += P V of
@@ -234,6 +245,7 @@ struct Consumer {
     ++opened;
     open_rows();
     take_turn();
+    wait_keys();
     start_scores();
     start_out(last);
     give_turn();
@@ -244,21 +256,20 @@ struct Consumer {
     rows.reset_softmax();
     rows.raise_to_tile(scores, call.scale_log2);
     auto w = rows.begin_weighing(scores);
-    rows.template weigh<0, Rows::kMiddle>(scores, w);
-    ptx::held(scores);
+    rows.template weigh<0, Rows::kEarly>(scores, w);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
     release_v(last);  // before the wait for values that may come in its place
-    const bool v_came = values_came();
-    rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
+    v_came = values_came();
+    k_came = keys_came(tiles + 1);
+    rows.template weigh<Rows::kEarly, Rows::kScores>(scores, w);
     rows.end_weighing(scores, w);
-    wait_values(v_came);
-    nonfinite = inspected && is_nonfinite();
-    ++tiles;
-    k_came = keys_came();
     store_rows(ended, finish_states(ended, softmax));
     rows.clear();
+    nonfinite = false;
+    note_values(inspected);
+    ++tiles;
   }
 
   // A split with no key that the query tile sees.

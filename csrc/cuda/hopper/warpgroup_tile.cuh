@@ -151,7 +151,7 @@ struct WarpgroupTile : WarpgroupThread {
   // (E7), (E8) Exponents, probabilities, sums, rounding of a key tile. Instructions are written in
   // the order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
   // stands between two of them, for scores that come later or earlier, is free.
-  static constexpr int kMiddle = kConfig.early;  // from here on P may be written
+  static constexpr int kEarly = kConfig.early;  // from here on P may be written
   static constexpr int kLead = 8, kLag = 8;
   struct Weighing {
     float base[2];
@@ -168,8 +168,8 @@ struct WarpgroupTile : WarpgroupThread {
   }
   // Pairs rounded before the i-th exponential.
   ONLINE_ATTENTION_HD static constexpr int rounded_before(int i) {
-    const int steps = i - kMiddle, weighed = (i - kLag) / 2;
-    return i < kMiddle || i < kLag ? 0 : steps < weighed ? steps : weighed;
+    const int steps = i - kEarly, weighed = (i - kLag) / 2;
+    return i < kEarly || i < kLag ? 0 : steps < weighed ? steps : weighed;
   }
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void weigh(Scores& scores, Weighing& w) {
