@@ -34,17 +34,17 @@ void* workspace() {
   return memory;
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T, int E>
+template <typename Element, int D, int DV, int N, int G, int S, int QS>
 __global__ void __launch_bounds__(128 * (G + 1), 1)
     lab_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T, E};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
   forward_block<Element, config>(call, smem);
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T, int E>
+template <typename Element, int D, int DV, int N, int G, int S, int QS>
 Status run(const ForwardArgs& args, int grid) {
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T, E};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
   const ForwardPlan plan = plan_forward(args, config, 132);
   ForwardCall call;
   const Status status = describe_call(args, config, plan, call);
@@ -52,18 +52,18 @@ Status run(const ForwardArgs& args, int grid) {
   place_workspace(workspace(), plan, call);
   if (call.taken) CHECK(cudaMemsetAsync(call.taken, 0, 4));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(grid, call.plan.tiles()));
-  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS, T, E>, blocks,
-                                 config.threads(), config.smem_bytes(), nullptr, call);
+  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS>, blocks, config.threads(),
+                                 config.smem_bytes(), nullptr, call);
   if (launched != kOk || call.plan.splits == 1) return launched;
   return combine(args, call.plan, call.partial, nullptr);
 }
 
-#define VARIANT(causal, D, DV, N, G, S, QS, T, E)                          \
-  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS " turns " #T " early " #E, \
-   {D, DV, N, G, S, QS, T, E},                                  \
-   causal,                                                   \
-   run<__nv_bfloat16, D, DV, N, G, S, QS, T, E>,                \
-   F16(D, DV, N, G, S, QS, T, E)}
+#define VARIANT(causal, D, DV, N, G, S, QS)     \
+  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS, \
+   {D, DV, N, G, S, QS},                        \
+   causal,                                      \
+   run<__nv_bfloat16, D, DV, N, G, S, QS>,      \
+   F16(D, DV, N, G, S, QS)}
 #ifdef WITH_F16
 #define F16(...) run<__half, __VA_ARGS__>
 #else

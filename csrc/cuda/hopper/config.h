@@ -17,10 +17,7 @@ struct Tile {
   int32_t split;                   // of the keys; kv_blocks may be 0 where there are several
 };
 
-// Named barriers (ids of ptx::barrier_sync; 0 is the block's): of the inspectors, and of the first
-// consumer whose turn it is.
-inline constexpr int kInspectorBarrier = 1;
-inline constexpr int kTurnBarrier = 2;
+inline constexpr int kInspectorBarrier = 1;  // named (ptx::barrier_or); 0 is the block's
 
 inline constexpr int kQBoxRows = 64;  // of a box of Q: a warpgroup's rows
 
@@ -31,10 +28,6 @@ struct ForwardConfig {
   int consumers = 0;  // warpgroups that compute, of 64 query rows each
   int stages = 0;     // tiles of keys, and as many of values, in shared memory
   int q_stages = 0;   // query tiles there: one is computed, another may be on its way
-  // In calls without a mask the consumers start their products in turns.
-  bool turns = false;
-  // Exponentials of a thread's scores that do not wait for O += P V of the key tile before.
-  int early = 16;
 
   static constexpr int kColumns = 64;            // of a box: 128 bytes, what a swizzled row holds
   static constexpr int kRowBytes = 128;          // of such a box
@@ -93,13 +86,8 @@ template <>
 inline constexpr ForwardConfig kForward<64, 64, 128> = {
     .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 2, .stages = 4, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<64, 64, 192> = {.head_dim = 64,
-                                                        .value_dim = 64,
-                                                        .tile_n = 128,
-                                                        .consumers = 3,
-                                                        .stages = 4,
-                                                        .q_stages = 2,
-                                                        .turns = true};
+inline constexpr ForwardConfig kForward<64, 64, 192> = {
+    .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 3, .stages = 4, .q_stages = 2};
 template <>
 inline constexpr ForwardConfig kForward<96, 96, 128> = {
     .head_dim = 96, .value_dim = 96, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};

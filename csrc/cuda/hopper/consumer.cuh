@@ -32,7 +32,9 @@ struct Consumer {
   __device__ __forceinline__ int q_stage() const {
     return static_cast<int>(opened % kConfig.q_stages);
   }
-  __device__ __forceinline__ uint32_t queries_phase() const { return opened / kConfig.q_stages % 2; }
+  __device__ __forceinline__ uint32_t queries_phase() const {
+    return opened / kConfig.q_stages % 2;
+  }
   __device__ __forceinline__ const Tile& tile() const {
     return smem.tile(static_cast<int>(opened % kConfig.tile_stages()));
   }
@@ -76,18 +78,6 @@ struct Consumer {
     ptx::mbarrier_arrive_if(smem.v_empty(stage_of(i)), speaks());
   }
 
-  // Consumers that start their products one after the other do not wait for each other's later. A
-  // turn is a step, of which all have the same number in a call without a mask.
-  __device__ __forceinline__ bool has_turns() const {
-    return kConfig.turns && !call.args.mask.is_banded();
-  }
-  __device__ __forceinline__ void take_turn() const {
-    if (has_turns()) ptx::barrier_sync(kTurnBarrier + group, 2 * 128);
-  }
-  __device__ __forceinline__ void give_turn() const {
-    if (has_turns()) ptx::barrier_arrive(kTurnBarrier + (group + 1) % kConfig.consumers, 2 * 128);
-  }
-
   // What comes before (E6). Returns whether the mask cuts the tile.
   __device__ __forceinline__ bool prepare_scores() {
     const bool cut = is_cut<kConfig>(tile(), kv);
@@ -96,23 +86,18 @@ struct Consumer {
     return cut && call.args.mask.is_banded();
   }
 
-  // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter,
-  // which must have ended before P is written: half the exponentials come first. `kPlain`: no mask
-  // cuts the tile, and the scale is positive.
+  // S = Q K^T of a key tile runs beside O += P V of the one before. `kPlain`: no mask cuts the
+  // tile, and the scale is positive.
   template <bool kPlain>
   __device__ __forceinline__ void step() {
-    take_turn();
     wait_operands();
     start_scores();
     start_out(tiles - 1);
-    give_turn();
     ptx::wgmma_wait<1>();
     ptx::held(scores);
     release_k();
     const bool inspected = !kPlain && prepare_scores();
     const bool raised = rows.raise_maxima(scores, call.scale_log2);
-    auto w = rows.begin_weighing(scores);
-    rows.template weigh<0, Rows::kEarly>(scores, w);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
@@ -120,8 +105,7 @@ struct Consumer {
     v_came = values_came();
     k_came = keys_came(tiles + 1);
     if (raised) rows.rescale(rows.alpha);
-    rows.template weigh<Rows::kEarly, Rows::kScores>(scores, w);
-    rows.end_weighing(scores, w);
+    rows.weigh(scores);
     if (!kPlain) note_values(inspected);
     ++tiles;
   }
@@ -175,9 +159,7 @@ struct Consumer {
     release_k();
     const bool inspected = prepare_scores();
     rows.raise_to_tile(scores, call.scale_log2);
-    auto w = rows.begin_weighing(scores);
-    rows.template weigh<0, Rows::kScores>(scores, w);
-    rows.end_weighing(scores, w);
+    rows.weigh(scores);
     k_came = keys_came(tiles + 1);
     nonfinite = false;
     note_values(inspected);
@@ -244,27 +226,22 @@ struct Consumer {
     const uint32_t last = tiles - 1;
     ++opened;
     open_rows();
-    take_turn();
     wait_keys();
     start_scores();
     start_out(last);
-    give_turn();
     ptx::wgmma_wait<1>();
     ptx::held(scores);
     release_k();
     const bool inspected = prepare_scores();
     rows.reset_softmax();
     rows.raise_to_tile(scores, call.scale_log2);
-    auto w = rows.begin_weighing(scores);
-    rows.template weigh<0, Rows::kEarly>(scores, w);
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
     release_v(last);  // before the wait for values that may come in its place
     v_came = values_came();
     k_came = keys_came(tiles + 1);
-    rows.template weigh<Rows::kEarly, Rows::kScores>(scores, w);
-    rows.end_weighing(scores, w);
+    rows.weigh(scores);
     store_rows(ended, finish_states(ended, softmax));
     rows.clear();
     nonfinite = false;
@@ -281,7 +258,6 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (group == kConfig.consumers - 1) give_turn();
     for (;; ++opened) {
       wait(smem.q_full(q_stage()), queries_phase());
       if (tile().row_begin < 0) return;
@@ -327,7 +303,8 @@ struct Consumer {
       row.l = quad_sum(row.l);
       factors.of[h] = Rows::inverse_sum(row);
       const RowPlace at = place(tile, rows.row(h));
-      ptx::store_if(static_cast<float*>(call.args.lse) + at.row, Rows::lse(row), at.exists && rows.lane() % 4 == 0);
+      ptx::store_if(static_cast<float*>(call.args.lse) + at.row, Rows::lse(row),
+                    at.exists && rows.lane() % 4 == 0);
     }
     return factors;
   }

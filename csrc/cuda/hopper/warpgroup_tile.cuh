@@ -148,54 +148,29 @@ struct WarpgroupTile : WarpgroupThread {
     }
   }
 
-  // (E7), (E8) Exponents, probabilities, sums, rounding of a key tile. Instructions are written in
-  // the order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
+  // (E7), (E8) Exponents, probabilities, sums and P of a key tile. Instructions are written in the
+  // order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
   // stands between two of them, for scores that come later or earlier, is free.
-  static constexpr int kEarly = kConfig.early;  // from here on P may be written
-  static constexpr int kLead = 8, kLag = 8;
-  struct Weighing {
-    float base[2];
-    float sum[4];
-  };
-  __device__ __forceinline__ float exponent(float score, const Weighing& w, int i) const {
-    return fmaf(score, factor, -w.base[i / 2 % 2]);
-  }
-  __device__ __forceinline__ Weighing begin_weighing(Scores& scores) {
-    return {{softmax[0].base(), softmax[1].base()}, {}};
-  }
-  __device__ __forceinline__ void round(const Scores& scores, int pair) {
-    p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
-  }
-  // Pairs rounded before the i-th exponential.
-  ONLINE_ATTENTION_HD static constexpr int rounded_before(int i) {
-    const int steps = i - kEarly, weighed = (i - kLag) / 2;
-    return i < kEarly || i < kLag ? 0 : steps < weighed ? steps : weighed;
-  }
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void weigh(Scores& scores, Weighing& w) {
+  __device__ __forceinline__ void weigh(Scores& scores) {
+    constexpr int kLead = 8, kLag = 8;
+    const float base[2] = {softmax[0].base(), softmax[1].base()};
+    const auto exponent = [&](int i) { return fmaf(scores[i], factor, -base[i / 2 % 2]); };
+    const auto round = [&](int pair) {
+      p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
+    };
+    float sums[4] = {};
 #pragma unroll
-    for (int i = kBegin; i < kBegin + kLead && i < kEnd; ++i) scores[i] = exponent(scores[i], w, i);
+    for (int i = 0; i < kLead; ++i) scores[i] = exponent(i);
 #pragma unroll
-    for (int i = kBegin; i < kEnd; ++i) {
-      scores[i] = exp2_of(scores[i]);
-      if (i + kLead < kEnd) scores[i + kLead] = exponent(scores[i + kLead], w, i + kLead);
-      if (i >= kLag) w.sum[(i - kLag) % 4] += scores[i - kLag];
-      if (rounded_before(i + 1) > rounded_before(i)) round(scores, rounded_before(i));
+    for (int i = 0; i < kScores + kLag; ++i) {
+      if (i < kScores) scores[i] = exp2_of(scores[i]);
+      if (i + kLead < kScores) scores[i + kLead] = exponent(i + kLead);
+      if (i < kLag) continue;
+      sums[i % 4] += scores[i - kLag];
+      if (i % 2 != 0) round((i - kLag) / 2);
     }
-  }
-  __device__ __forceinline__ void end_weighing(const Scores& scores, Weighing& w) {
 #pragma unroll
-    for (int i = kScores - kLag; i < kScores; ++i) w.sum[i % 4] += scores[i];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, w.sum[2 * h] + w.sum[2 * h + 1]);
-#pragma unroll
-    for (int i = rounded_before(kScores); i < kScores / 2; ++i) round(scores, i);
-  }
-
-  // The sums of whole rows, after the last tile.
-  __device__ __forceinline__ void sum_quads() {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax[h].l = quad_sum(softmax[h].l);
+    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sums[2 * h] + sums[2 * h + 1]);
   }
 
   // (E9), (E10). The sum of a row that saw a key lies between 1 and 2^kSlack S_kv, where the
