@@ -22,7 +22,8 @@ struct Consumer {
   bool k_came = false, v_came = false;
   Rows rows;
   typename Rows::Scores scores;
-  bool nonfinite = false;  // some value of the query tile was, see inspect_values
+  bool inspected = false;  // whether the last values are, see inspect_values
+  bool nonfinite = false;  // some value of the query tile was
 
   // The last key tile whose scores were started, and the last of the query tile.
   int32_t kv, kv_begin;
@@ -45,22 +46,21 @@ struct Consumer {
   }
   __device__ __forceinline__ static uint32_t phase_of(uint32_t i) { return i / kConfig.stages % 2; }
 
-  // Barriers are asked early and waited for, if need be, late: an answer takes a hundred cycles.
-  __device__ __forceinline__ bool keys_came(uint32_t i) const {
-    return ptx::mbarrier_test_wait(smem.k_full(stage_of(i)), phase_of(i));
+  // Barriers are asked early, under the softmax, and waited for, if need be, late: an answer takes
+  // a hundred cycles. Of the next keys, and of the values that belong to these scores.
+  __device__ __forceinline__ void ask_ahead() {
+    const uint32_t next = tiles + 1;
+    v_came = ptx::mbarrier_test_wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+    k_came = ptx::mbarrier_test_wait(smem.k_full(stage_of(next)), phase_of(next));
   }
-  __device__ __forceinline__ bool values_came() const {
-    return ptx::mbarrier_test_wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
-  }
-  // For the next S = Q K^T and O += P V.
-  __device__ __forceinline__ void wait_operands() const {
-    if (k_came && v_came) return;
-    wait(smem.v_full(stage_of(tiles - 1)), phase_of(tiles - 1));
-    wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
-  }
-
   __device__ __forceinline__ void wait_keys() const {
     if (!k_came) wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
+  }
+  // For O += P V of the last key tile; what the inspectors say of its values.
+  __device__ __forceinline__ void wait_values() {
+    if (!v_came) wait(smem.v_full(stage_of(tiles - 1)), phase_of(tiles - 1));
+    if (inspected) nonfinite |= smem.nonfinite(stage_of(tiles - 1)) != 0;
+    inspected = false;
   }
 
   __device__ __forceinline__ void start_scores() {
@@ -74,47 +74,40 @@ struct Consumer {
     ptx::mbarrier_arrive_if(smem.k_empty(stage_of(tiles)), speaks());
     ptx::mbarrier_arrive_if(smem.q_empty(q_stage()), speaks() && kv == kv_begin);
   }
-  __device__ __forceinline__ void release_v(uint32_t i) {
+  // O is complete; P may be written and the values' place filled anew.
+  __device__ __forceinline__ void finish_out(uint32_t i) {
+    ptx::wgmma_wait<0>();
+    ptx::held(rows.out);
+    ptx::held(rows.p);
     ptx::mbarrier_arrive_if(smem.v_empty(stage_of(i)), speaks());
   }
 
-  // What comes before (E6). Returns whether the mask cuts the tile.
-  __device__ __forceinline__ bool prepare_scores() {
+  // What comes before (E6).
+  __device__ __forceinline__ void prepare_scores() {
     const bool cut = is_cut<kConfig>(tile(), kv);
     if (call.sign != 1) rows.scale_scores(scores, call.sign);
     if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
-    return cut && call.args.mask.is_banded();
+    inspected = cut && call.args.mask.is_banded();
   }
 
   // S = Q K^T of a key tile runs beside O += P V of the one before. `kPlain`: no mask cuts the
   // tile, and the scale is positive.
   template <bool kPlain>
   __device__ __forceinline__ void step() {
-    wait_operands();
+    wait_keys();
+    wait_values();
     start_scores();
     start_out(tiles - 1);
     ptx::wgmma_wait<1>();
     ptx::held(scores);
     release_k();
-    const bool inspected = !kPlain && prepare_scores();
+    if constexpr (!kPlain) prepare_scores();
     const bool raised = rows.raise_maxima(scores, call.scale_log2);
-    ptx::wgmma_wait<0>();
-    ptx::held(rows.out);
-    ptx::held(rows.p);
-    release_v(tiles - 1);
-    v_came = values_came();
-    k_came = keys_came(tiles + 1);
+    finish_out(tiles - 1);
+    ask_ahead();
     if (raised) rows.rescale(rows.alpha);
     rows.weigh(scores);
-    if (!kPlain) note_values(inspected);
     ++tiles;
-  }
-  // Values of the key tile are needed with the next one's scores; what the inspectors say of them,
-  // before that.
-  __device__ __forceinline__ void note_values(bool inspected) {
-    if (!v_came) wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
-    v_came = true;
-    nonfinite |= inspected && smem.nonfinite(stage_of(tiles)) != 0;
   }
 
   // The first key behind those that the warpgroup's rows see.
@@ -153,16 +146,14 @@ struct Consumer {
     rows.reset();
     wait_keys();
     start_scores();
-    v_came = values_came();
     ptx::wgmma_wait<0>();
     ptx::held(scores);
     release_k();
-    const bool inspected = prepare_scores();
+    ask_ahead();
+    prepare_scores();
     rows.raise_to_tile(scores, call.scale_log2);
     rows.weigh(scores);
-    k_came = keys_came(tiles + 1);
     nonfinite = false;
-    note_values(inspected);
     ++tiles;
   }
 
@@ -187,16 +178,19 @@ struct Consumer {
         kv -= kConfig.tile_n;
       }
     }
-    if (!v_came) wait(smem.v_full(stage_of(tiles - 1)), phase_of(tiles - 1));
+    wait_values();
   }
 
   // Whether another query tile follows whose first key tile may run beside the last O += P V of
-  // this one; its queries have come then. What is rare ends a chain.
+  // this one; its queries have come then. What is rare ends a chain: in the loop of chained tiles
+  // nothing may branch on what differs between threads, or ptxas takes warps for divergent, wants
+  // them to meet before each product and moves descriptors there one by one.
   __device__ __forceinline__ bool has_next() const {
     if (!kConfig.chained() || nonfinite || call.plan.splits > 1) return false;
     const uint32_t next = opened + 1;
     wait(smem.q_full(static_cast<int>(next % kConfig.q_stages)), next / kConfig.q_stages % 2);
-    return smem.tile(static_cast<int>(next % kConfig.tile_stages())).row_begin >= 0;
+    const Tile& tile = smem.tile(static_cast<int>(next % kConfig.tile_stages()));
+    return tile.row_begin >= 0 && tile.kv_blocks > 0;
   }
 
   // The last O += P V of a query tile, with nothing beside it.
@@ -205,10 +199,7 @@ struct Consumer {
     start_out(tiles - 1);
     RowFactors factors;
     if (whole) factors = finish_states(tile(), rows.softmax);
-    ptx::wgmma_wait<0>();
-    ptx::held(rows.out);
-    ptx::held(rows.p);
-    release_v(tiles - 1);
+    finish_out(tiles - 1);
     if (whole) {
       store_rows(tile(), factors);
       if (nonfinite) {
@@ -219,7 +210,8 @@ struct Consumer {
     }
   }
 
-  // The same beside the first key tile of the next one: a step from one to the other.
+  // The same beside the first key tile of the next one: a step from one query tile to the other. No
+  // values are waited for before the place of the last ones is free, which they may come to.
   __device__ __forceinline__ void chain_rows() {
     const Tile& ended = tile();
     const SoftmaxRow<float> softmax[2] = {rows.softmax[0], rows.softmax[1]};
@@ -232,20 +224,15 @@ struct Consumer {
     ptx::wgmma_wait<1>();
     ptx::held(scores);
     release_k();
-    const bool inspected = prepare_scores();
+    prepare_scores();
     rows.reset_softmax();
     rows.raise_to_tile(scores, call.scale_log2);
-    ptx::wgmma_wait<0>();
-    ptx::held(rows.out);
-    ptx::held(rows.p);
-    release_v(last);  // before the wait for values that may come in its place
-    v_came = values_came();
-    k_came = keys_came(tiles + 1);
+    finish_out(last);
+    ask_ahead();
     rows.weigh(scores);
     store_rows(ended, finish_states(ended, softmax));
     rows.clear();
     nonfinite = false;
-    note_values(inspected);
     ++tiles;
   }
 
