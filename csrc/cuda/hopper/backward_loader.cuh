@@ -175,6 +175,7 @@ struct BackwardLoader {
       wait(smem.tile_empty(count), (count / 2 % 2) ^ 1);
       if (index < tiles) {
         set_key_tile<kConfig>(tile, call, index);
+        tile.end = i + tile.steps;
       } else {
         tile.steps = -1;
       }

@@ -104,8 +104,8 @@ struct WideBackwardRole : WarpgroupThread {
       clear_nonfinite<Element>(other, other_end, kStep);
     }
     wait_for_both();
-    const uint32_t marks = ptx::load_shared(smem.mark(lane())) |
-                           ptx::load_shared(smem.mark(lane() + 32));
+    const uint32_t marks =
+        ptx::load_shared(smem.mark(lane())) | ptx::load_shared(smem.mark(lane() + 32));
     marked = __any_sync(0xffffffffu, marks != 0);
   }
   // And so are queries and dO of a step that the mask cuts, once both have read them as they are.
