@@ -88,11 +88,7 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, voi
   const bool ordered = adds_in_order(a, w.plan) && !any_order;
   if (ordered) w.buffers.added = added;
   w.buffers.finished_by_last = ordered && is_finished_by_last(a, w.plan);
-  const char* taken = std::getenv("LAB_TAKEN");
-  if (a.mask.is_banded() || ordered ||
-      (taken == nullptr ? config.head_dim > 96 : std::atoi(taken) != 0)) {
-    w.buffers.taken = reinterpret_cast<uint32_t*>(added + counters);
-  }
+  w.buffers.taken = reinterpret_cast<uint32_t*>(added + counters);
   if ((sums + 2 * rows + counters + 1) * 4 > bytes) {
     std::printf("workspace too small\n");
     std::exit(1);

@@ -23,8 +23,8 @@ struct BackwardBuffers {
   int32_t* added = nullptr;
   // Whether the last key tile to add writes dQ; else a kernel behind makes it of the sums.
   bool finished_by_last = false;
-  // How many key tiles have been taken, where they add in any order beyond the first of each block.
-  // 0 at the start; nullptr: blocks take turns.
+  // How many key tiles have been taken; where they add in any order, beyond the first of each
+  // block. 0 at the start.
   uint32_t* taken = nullptr;
 };
 

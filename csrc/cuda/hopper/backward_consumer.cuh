@@ -219,13 +219,17 @@ struct BackwardConsumer {
     ptx::held(keys.dk);
     ptx::held(ds_rounded);
   }
+  // Whether there is a further step up to `end`; read anew where there is no register for it.
+  __device__ __forceinline__ bool goes_on(uint32_t end) const {
+    return index < (kConfig.boxes() > 1 && !kConfig.masked ? tile().end : end);
+  }
   template <Steps kSteps>
-  __device__ __forceinline__ void run_steps() {
+  __device__ __forceinline__ void run_steps(uint32_t end) {
     typename Tile::Rounded ds_rounded;  // the A operand of the last dK += dS^T Q
 #pragma unroll 1
     do {
       run_step<kSteps>(ds_rounded);
-    } while (index < tile().end && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
+    } while (goes_on(end) && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
     if (kSteps != Steps::cut) finish_dk(ds_rounded);
   }
 
@@ -237,7 +241,7 @@ struct BackwardConsumer {
       const int32_t steps = tile().steps;
       if (steps < 0) break;
       clear_gradients();
-      if (steps > 0) run_tile();
+      if (steps > 0) run_tile(index + steps);
       store();
     }
     if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the stores
@@ -246,7 +250,8 @@ struct BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < Tile::kGradients; ++i) keys.dk[i] = keys.dv[i] = 0;
   }
-  __device__ __forceinline__ void run_tile() {
+  // The steps up to `end`.
+  __device__ __forceinline__ void run_tile(uint32_t end) {
     first = true;
     if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
     if constexpr (kConfig.held_values) {
@@ -254,16 +259,16 @@ struct BackwardConsumer {
       keys.load_values(rows_of(smem.v()));
     }
     if constexpr (!kConfig.masked) {
-      run_steps<Steps::plain>();
+      run_steps<Steps::plain>(end);
     } else if constexpr (!kConfig.split_steps) {
-      run_steps<Steps::either>();
+      run_steps<Steps::either>(end);
     } else {
 #pragma unroll 1
-      while (index < tile().end) {
+      while (index < end) {
         if (is_cut()) {
-          run_steps<Steps::cut>();
+          run_steps<Steps::cut>(end);
         } else {
-          run_steps<Steps::plain>();
+          run_steps<Steps::plain>(end);
         }
       }
     }
