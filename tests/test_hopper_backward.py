@@ -108,7 +108,7 @@ def test_key_tiles_of_a_head_begin_in_ascending_order(
     whitebox: ModuleType, causal: bool, D: int, B: int, H_kv: int, S_kv: int
 ):
     """A block waits for those of the key tiles before its own: they must have begun."""
-    plan, ordered = plan_of(
+    plan, ordered, _ = plan_of(
         whitebox, B=B, H_kv=H_kv, S_q=S_kv, S_kv=S_kv, D=D, causal=causal, deterministic=True
     )
     assert ordered
@@ -127,7 +127,7 @@ def test_key_tiles_of_a_head_begin_in_ascending_order(
 def test_adders_are_the_key_tiles_that_step_through_a_query_tile(
     whitebox: ModuleType, S_q: int, S_kv: int, left: int | None, right: int | None
 ):
-    plan, _ = plan_of(whitebox, S_q=S_q, S_kv=S_kv, causal=True, deterministic=True)
+    plan, *_ = plan_of(whitebox, S_q=S_q, S_kv=S_kv, causal=True, deterministic=True)
     sides = [2**31 - 1 if side is None else side for side in (left, right)]
     mask = whitebox.Mask.window(S_q, S_kv, whitebox.Alignment.bottom_right, *sides)
     shape = whitebox.Shape(B=1, H=1, H_kv=1, S_q=S_q, S_kv=S_kv, D=128, D_v=128)
@@ -162,3 +162,18 @@ def test_short_calls_add_in_order(
     call = {"H_kv": 2, "group": group, "S_q": S_kv, "S_kv": S_kv, "D": D, "causal": causal}
     assert plan_of(whitebox, **call, deterministic=False)[1] is due
     assert plan_of(whitebox, **call, deterministic=True)[1] is True
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D", [64, 96, 128])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("H_kv", "S_kv"), [(1, 400), (40, 400), (3, 2000), (40, 2000)])
+def test_blocks_stay_unless_key_tiles_of_unmasked_wide_calls_add_in_order(
+    whitebox: ModuleType, H_kv: int, S_kv: int, deterministic: bool, D: int, causal: bool
+):
+    plan, ordered, blocks = plan_of(
+        whitebox, H_kv=H_kv, S_q=300, S_kv=S_kv, D=D, causal=causal, deterministic=deterministic
+    )
+    tiles = H_kv * -(-S_kv // 128)
+    assert plan.blocks() == tiles
+    assert blocks == (tiles if ordered and D == 128 and not causal else min(tiles, 132))

@@ -38,23 +38,23 @@ __device__ uint64_t global_ns() {
   return ns;
 }
 
-template <typename Element, int D, int M, bool MA, bool SP, bool EV>
+template <typename Element, int... kFields>
 __global__ void __launch_bounds__(BackwardConfig::kThreads, 1)
     lab_kernel(const __grid_constant__ BackwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr BackwardConfig config = {D, M, MA, SP, EV};
+  constexpr BackwardConfig config = {kFields...};
   if (blockIdx.x == 0 && threadIdx.x == 127) measured[0] = clock64(), measured[1] = global_ns();
   backward_block<Element, config>(call, smem);
   if (blockIdx.x == 0 && threadIdx.x == 128) measured[2] = clock64(), measured[3] = global_ns();
 }
 
-template <typename Element, int D, int M, bool MA, bool SP, bool EV>
+template <typename Element, int... kFields>
 Status run(const BackwardArgs& args, const BackwardPlan& plan, const BackwardBuffers& buffers) {
-  constexpr BackwardConfig config = {D, M, MA, SP, EV};
+  constexpr BackwardConfig config = {kFields...};
   BackwardCall call;
   const Status status = describe_call(args, plan, config, buffers, call);
   if (status != kOk) return status;
-  return launch(lab_kernel<Element, D, M, MA, SP, EV>, std::min<int64_t>(plan.blocks(), grid_limit),
+  return launch(lab_kernel<Element, kFields...>, std::min<int64_t>(plan.blocks(), grid_limit),
                 BackwardConfig::kThreads, config.smem_bytes(), stream, call);
 }
 
@@ -88,9 +88,7 @@ Workspace workspace_for(const BackwardArgs& a, const BackwardConfig& config, voi
   const bool ordered = adds_in_order(a, w.plan) && !any_order;
   if (ordered) w.buffers.added = added;
   w.buffers.finished_by_last = ordered && is_finished_by_last(a, w.plan);
-  if (a.mask.is_banded() || ordered) {
-    w.buffers.taken = reinterpret_cast<uint32_t*>(added + counters);
-  }
+  w.buffers.taken = reinterpret_cast<uint32_t*>(added + counters);
   if ((sums + 2 * rows + counters + 1) * 4 > bytes) {
     std::printf("workspace too small\n");
     std::exit(1);
@@ -356,6 +354,7 @@ int bench(const char* only, int shortest, int longest) {
   Problem problem;
   const char* grid = std::getenv("LAB_GRID");
   const char* group = std::getenv("LAB_GROUP");
+  const char* ways = std::getenv("LAB_WAYS");
   std::printf("TFLOP/s of all kernels, of all but prepare_rows; us of prepare_rows, of all\n");
   for (int causal = 0; causal < 2; ++causal) {
     for (int S = shortest; S <= longest; S *= 2) {
@@ -364,12 +363,14 @@ int bench(const char* only, int shortest, int longest) {
         if (variant.causal != 2 && variant.causal != causal) continue;
         const int D = variant.config.head_dim;
         const int64_t B = 16384 / S, H = 2048 / D;
-        for (int way = 0; way < 3; ++way) {  // in any order, as the library would, deterministic
+        // In any order, as the library would, deterministic.
+        for (int way = 0; way < (ways == nullptr ? 3 : std::atoi(ways)); ++way) {
           any_order = way == 0;
           const BackwardArgs a = problem.args(B, H, group == nullptr ? H : H / std::atoi(group), S,
                                               D, causal, way == 2);
           const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
-          grid_limit = grid != nullptr ? std::atoi(grid) : D > 96 ? 1 << 30 : 132;
+          grid_limit =
+              grid != nullptr ? std::atoi(grid) : blocks_of(a, w.plan, variant.config, 132);
           float us[2];
           time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
           uint64_t clock[4];

@@ -55,7 +55,7 @@ void bind_hopper_backward(py::module_& module) {
     return std::pair{adders.begin, adders.end};
   });
 
-  // The plan, and whether key tiles add to dQ in order.
+  // The plan, whether key tiles add to dQ in order, and how many blocks are started.
   module.def(
       "plan_hopper_backward",
       [](const BackwardConfig& config, const oa::Shape& shape, const oa::Mask& mask,
@@ -66,7 +66,8 @@ void bind_hopper_backward(py::module_& module) {
         args.mask = mask;
         args.deterministic = deterministic;
         const auto plan = oa::cuda::hopper::plan_blocks(args, config, multiprocessors);
-        return std::pair{plan, oa::cuda::hopper::adds_in_order(args, plan)};
+        return std::tuple{plan, oa::cuda::hopper::adds_in_order(args, plan),
+                          oa::cuda::hopper::blocks_of(args, plan, config, multiprocessors)};
       },
       py::kw_only(), py::arg("config"), py::arg("shape"), py::arg("mask"), py::arg("deterministic"),
       py::arg("multiprocessors"));

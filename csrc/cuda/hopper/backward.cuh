@@ -29,10 +29,11 @@
 //   dq_full     the warps of a group, their parts of dQ are there -> DqWriter
 //   dq_empty    DqWriter, dQ has been read         -> consumers
 //   sums_full   DqWriter, and the bytes of the sums -> DqWriter
-// Named: kConsumersBarrier (backward_config.h).
+// Named (backward_config.h): kConsumersBarrier, of both consumers; kStepBarrier, a consumer's turn.
 //
 // Registers, of 168 a thread at the start: 232 or 240 a consumer, of which S and dP take tile_m / 2
-// each, P and dS, rounded, tile_m / 4 each, dK and dV head_dim / 2 each; 40 or 24 a producer.
+// each, P and dS, rounded, tile_m / 4 each, dK and dV head_dim / 2 each, V, where it is held,
+// head_dim / 4; 40 or 24 a producer.
 #pragma once
 
 #include "cuda/hopper/backward_consumer.cuh"

@@ -23,8 +23,8 @@ struct BackwardBuffers {
   int32_t* added = nullptr;
   // Whether the last key tile to add writes dQ; else a kernel behind makes it of the sums.
   bool finished_by_last = false;
-  // How many key tiles have been taken, where they add in any order beyond the first of each block.
-  // 0 at the start; nullptr: blocks take turns.
+  // How many key tiles have been taken; where they add in any order, beyond the first of each
+  // block. 0 at the start.
   uint32_t* taken = nullptr;
 };
 
@@ -57,6 +57,16 @@ inline bool adds_in_order(const BackwardArgs& args, const BackwardPlan& plan) {
 // without one the last key tile of a head would do it for all of them.
 inline bool is_finished_by_last(const BackwardArgs& args, const BackwardPlan& plan) {
   return adds_in_order(args, plan) && args.mask.is_banded();
+}
+
+// Blocks go from key tile to key tile, so that the first Q and dO of one come while the one before
+// is computed. Where those of a call without a mask add in order, new ones are faster at D 128.
+inline int64_t blocks_of(const BackwardArgs& args, const BackwardPlan& plan,
+                         const BackwardConfig& config, int multiprocessors) {
+  if (config.head_dim > 96 && adds_in_order(args, plan) && !args.mask.is_banded()) {
+    return plan.blocks();
+  }
+  return std::min<int64_t>(plan.blocks(), multiprocessors);
 }
 
 // Which heads are interleaved, so that their blocks run side by side.

@@ -16,6 +16,7 @@ struct KeyTile {
   int32_t q_tile_first;              // the one to begin with
   int32_t plain_begin, plain_end;    // the queries that see all of them
   int32_t steps;  // query tiles, of all heads of the group; -1: there is no further key tile
+  uint32_t end;   // of its steps, counted over all key tiles of the block
 };
 
 // A step of a block: a query tile of one head.
@@ -33,6 +34,7 @@ struct DqTask {
 
 // Named barriers (ids of ptx::barrier_sync).
 inline constexpr int kConsumersBarrier = 1;
+inline constexpr int kStepBarrier = 2;  // and the next: a group's turn
 
 inline constexpr int kGradientBoxRows = 16;  // of a box of dK or dV: a warp's rows
 inline constexpr int kDqColumns = 16;        // of dQ, a warp's
@@ -42,10 +44,11 @@ struct BackwardConfig {
   int tile_m = 0;            // queries of a step
   bool masked = false;       // whether the call may have a mask besides the lengths
   bool split_steps = false;  // steps that the mask cuts have code of their own
-  // dV starts before dS is computed; costs tile_m / 4 registers.
-  bool early_values = false;
-  // A block for each multiprocessor goes from key tile to key tile; else there is one for each.
-  bool persistent = false;
+  // The groups take turns to compute S and P, so that one has products while the other has
+  // exponentials.
+  bool turns = false;
+  // V lies in registers, from where it is multiplied; costs head_dim / 4 of them.
+  bool held_values = false;
 
   static constexpr int kGroups = 2;  // warpgroups that compute, of 64 keys each
   static constexpr int kTileN = 64 * kGroups;
@@ -161,26 +164,26 @@ template <int kHeadDim, bool kMasked>
 inline constexpr BackwardConfig kBackward = {};
 template <>
 inline constexpr BackwardConfig kBackward<64, false> = {
-    .head_dim = 64, .tile_m = 128, .persistent = true};
+    .head_dim = 64, .tile_m = 128, .turns = true};
 template <>
 inline constexpr BackwardConfig kBackward<64, true> = {
-    .head_dim = 64, .tile_m = 128, .masked = true, .persistent = true};
+    .head_dim = 64, .tile_m = 128, .masked = true};
 template <>
 inline constexpr BackwardConfig kBackward<96, false> = {
-    .head_dim = 96, .tile_m = 64, .early_values = true, .persistent = true};
+    .head_dim = 96, .tile_m = 64, .turns = true, .held_values = true};
 template <>
 inline constexpr BackwardConfig kBackward<96, true> = {.head_dim = 96,
                                                        .tile_m = 64,
                                                        .masked = true,
                                                        .split_steps = true,
-                                                       .early_values = true,
-                                                       .persistent = true};
+                                                       .turns = true,
+                                                       .held_values = true};
 template <>
 inline constexpr BackwardConfig kBackward<128, false> = {
-    .head_dim = 128, .tile_m = 64, .early_values = true};
+    .head_dim = 128, .tile_m = 64, .turns = true};
 template <>
 inline constexpr BackwardConfig kBackward<128, true> = {
-    .head_dim = 128, .tile_m = 64, .masked = true, .split_steps = true};
+    .head_dim = 128, .tile_m = 64, .masked = true, .split_steps = true, .turns = true};
 inline constexpr int64_t kBackwardHeadDimMax = 128;
 
 }  // namespace online_attention::cuda::hopper

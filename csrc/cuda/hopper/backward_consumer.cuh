@@ -132,7 +132,7 @@ struct BackwardConsumer {
 
   // A query tile. dQ is one step behind: by then the dS of the other group has long been there. In
   // the order in which the products are started each runs under the arithmetic that follows it:
-  //     dP^T under the exponentials, dV under dS, dQ and dK under the additions to dQ.
+  //     dP^T under the exponentials, dV, dQ and dK under the additions to dQ.
   // The first step computes a dQ of what lies there and drops it: ptxas lets no product run on from
   // one copy of the step into another.
   template <Steps kSteps>
@@ -144,53 +144,43 @@ struct BackwardConsumer {
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
     typename Tile::Rounded p_rounded;
     wait(smem.q_full(stage), phase);
+    if constexpr (kConfig.turns) ptx::barrier_sync(kStepBarrier + group, kThreads);
     keys.start_pairs(p, rows_of(smem.k()), smem.q(stage));
-    if constexpr (!kConfig.early_values) {
-      if constexpr (!kDrained) {
-        ptx::wgmma_wait<1>();
-        ptx::held(keys.dk);
-        ptx::held(ds_rounded);
-      }
-      if (!first) release(smem.q_empty(last));
+    if constexpr (!kDrained) {
+      ptx::wgmma_wait<1>();
+      ptx::held(keys.dk);
+      ptx::held(ds_rounded);
     }
-    if (first) wait(smem.v_full(), tiles % 2);
-    wait(smem.dout_full(stage), phase);
-    keys.start_pairs(ds, rows_of(smem.v()), smem.dout(stage));
+    if (!first) release(smem.q_empty(last));
+    start_weight_gradients(ds, stage);
     ptx::wgmma_wait<1>();
     ptx::held(p);
-    if constexpr (kConfig.early_values) {
-      if constexpr (!kDrained) {
-        ptx::held(keys.dk);
-        ptx::held(ds_rounded);
-      }
-      if (!first) release(smem.q_empty(last));
-    }
     if (kMayBeCut && marked) keys.add_key_marks(p, smem.mark(64 * group));
     keys.weigh(p, call.factor_log2, smem.lse2(stage));
     if (cut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
                 step().q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
     }
-    if constexpr (kConfig.early_values) keys.round(p_rounded, p);
+    if constexpr (kConfig.turns) {
+      // Here, not where dS is written: a loop between the exponentials and the wait for dP keeps
+      // ptxas from moving all of them behind it.
+      wait(smem.ds_empty(stage), phase ^ 1);
+      pass_turn();
+    }
     ptx::wgmma_wait<0>();
     ptx::held(ds);
     bool cleared = false;
     if (cut && call.args.mask.is_banded()) cleared = clear_nonfinite_queries(stage);
-    if constexpr (kConfig.early_values) {
-      keys.start_gradient(keys.dv, p_rounded, smem.dout(stage));
-    }
     keys.subtract_delta(ds, p, smem.delta(stage));
     if (cut) keys.drop_without_weight(ds, p);
-    if constexpr (!kConfig.early_values) keys.round(p_rounded, p);
+    keys.round(p_rounded, p);
     keys.round(ds_rounded, ds);
-    wait(smem.ds_empty(stage), phase ^ 1);
+    if constexpr (!kConfig.turns) wait(smem.ds_empty(stage), phase ^ 1);
     keys.store_ds(ds_rounded, smem.ds(stage) + group * kConfig.q_box_bytes());
     ptx::fence_async_proxy();
     __syncwarp();
     release(smem.ds_full(stage));
-    if constexpr (!kConfig.early_values) {
-      keys.start_gradient(keys.dv, p_rounded, smem.dout(stage));
-    }
+    keys.start_gradient(keys.dv, p_rounded, smem.dout(stage));
     typename Tile::Dq dq;
     if (!first) wait(smem.ds_full(last), phase_of(index - 1));
     keys.start_dq(dq, smem.k(), smem.ds(last), group);
@@ -209,11 +199,29 @@ struct BackwardConsumer {
     ++index;
     first = false;
   }
+  // Starts dP^T = V dO^T.
+  __device__ __forceinline__ void start_weight_gradients(typename Tile::Pairs& dp, int stage) {
+    if (!kConfig.held_values && first) wait(smem.v_full(), tiles % 2);
+    wait(smem.dout_full(stage), phase_of(index));
+    if constexpr (kConfig.held_values) {
+      keys.start_pairs_of_values(dp, smem.dout(stage));
+    } else {
+      keys.start_pairs(dp, rows_of(smem.v()), smem.dout(stage));
+    }
+  }
+  // Lets the other group begin its step.
+  __device__ __forceinline__ void pass_turn() const {
+    ptx::barrier_arrive(kStepBarrier + (group ^ 1), kThreads);
+  }
 
   __device__ __forceinline__ void finish_dk(typename Tile::Rounded& ds_rounded) {
     ptx::wgmma_wait<0>();
     ptx::held(keys.dk);
     ptx::held(ds_rounded);
+  }
+  // Whether there is a further step up to `end`; read anew where there is no register for it.
+  __device__ __forceinline__ bool goes_on(uint32_t end) const {
+    return index < (kConfig.boxes() > 1 && !kConfig.masked ? tile().end : end);
   }
   template <Steps kSteps>
   __device__ __forceinline__ void run_steps(uint32_t end) {
@@ -221,11 +229,12 @@ struct BackwardConsumer {
 #pragma unroll 1
     do {
       run_step<kSteps>(ds_rounded);
-    } while (index < end && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
+    } while (goes_on(end) && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
     if (kSteps != Steps::cut) finish_dk(ds_rounded);
   }
 
   __device__ __forceinline__ void run() {
+    if (kConfig.turns && group == 1) pass_turn();
 #pragma unroll 1
     for (;; ++tiles) {
       wait(smem.k_full(), tiles % 2);
@@ -245,6 +254,10 @@ struct BackwardConsumer {
   __device__ __forceinline__ void run_tile(uint32_t end) {
     first = true;
     if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
+    if constexpr (kConfig.held_values) {
+      wait(smem.v_full(), tiles % 2);
+      keys.load_values(rows_of(smem.v()));
+    }
     if constexpr (!kConfig.masked) {
       run_steps<Steps::plain>(end);
     } else if constexpr (!kConfig.split_steps) {

@@ -47,7 +47,7 @@ const Kernels& kernels_for(const BackwardArgs& args) {
 // The sums of dQ, the terms of the rows, the counters; every part begins on a multiple of 256
 // bytes.
 struct Sizes {
-  int64_t dq_sums, terms, added, taken;
+  int64_t dq_sums, terms, added;
   bool finished_by_last;
 
   Sizes(const BackwardArgs& args, const BackwardConfig& config, const BackwardPlan& plan) {
@@ -58,10 +58,9 @@ struct Sizes {
                               int64_t{sizeof(int32_t)})
                     : 0;
     finished_by_last = is_finished_by_last(args, plan);
-    taken = ordered || args.mask.is_banded() ? sizeof(uint32_t) : 0;
   }
   static int64_t aligned(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
-  int64_t total() const { return dq_sums + 2 * terms + added + taken; }
+  int64_t total() const { return dq_sums + 2 * terms + added + int64_t{sizeof(uint32_t)}; }
   BackwardBuffers in(void* workspace) const {
     auto* sums = static_cast<unsigned char*>(workspace);
     auto* lse2 = sums + dq_sums;
@@ -72,7 +71,7 @@ struct Sizes {
             .dq_sums = reinterpret_cast<float*>(sums),
             .added = added > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr,
             .finished_by_last = finished_by_last,
-            .taken = taken > 0 ? reinterpret_cast<uint32_t*>(counters + added) : nullptr};
+            .taken = reinterpret_cast<uint32_t*>(counters + added)};
   }
 };
 

@@ -59,11 +59,9 @@ Status launch_backward(const BackwardArgs& args, const BackwardPlan& plan,
   if (status != kOk) return status;
   if (plan.blocks() > TilePlan::kMaxTiles)
     return "the call has more than 2^31 key tiles: split its batch";
-  const int64_t blocks = kConfig.persistent
-                             ? std::min<int64_t>(plan.blocks(), on.device.multiprocessors)
-                             : plan.blocks();
-  return launch(hopper_backward_kernel<Element, kHeadDim, kMasked>, blocks,
-                BackwardConfig::kThreads, kConfig.smem_bytes(), on.stream, call);
+  return launch(hopper_backward_kernel<Element, kHeadDim, kMasked>,
+                blocks_of(args, plan, kConfig, on.device.multiprocessors), BackwardConfig::kThreads,
+                kConfig.smem_bytes(), on.stream, call);
 }
 
 }  // namespace online_attention::cuda::hopper

@@ -122,16 +122,14 @@ struct BackwardLoader {
     ptx::mbarrier_arrive(smem.task_full(i));
   }
 
-  // Which key tile comes first, and next. Those of a call without a mask go round the blocks,
-  // others are taken by whoever is free. Where they add in order even the first is taken, so that a
-  // block waits for others only that began earlier: of the order in which blocks start nothing is
-  // known.
+  // Which key tile comes first, and next: they are taken by whoever is free. Where they add in
+  // order even the first is, so that a block waits for others only that began earlier: of the order
+  // in which blocks start nothing is known.
   __device__ __forceinline__ uint32_t first_index() const {
     return call.buffers.added != nullptr ? atomicAdd(call.buffers.taken, 1u) : blockIdx.x;
   }
-  __device__ __forceinline__ uint32_t next_index(uint32_t index, uint32_t tiles) const {
+  __device__ __forceinline__ uint32_t next_index(uint32_t tiles) const {
     if (gridDim.x >= tiles) return tiles;
-    if (call.buffers.taken == nullptr) return index + gridDim.x;
     const uint32_t taken = atomicAdd(call.buffers.taken, 1u);
     return call.buffers.added != nullptr ? taken : gridDim.x + taken;
   }
@@ -175,6 +173,7 @@ struct BackwardLoader {
       wait(smem.tile_empty(count), (count / 2 % 2) ^ 1);
       if (index < tiles) {
         set_key_tile<kConfig>(tile, call, index);
+        tile.end = i + tile.steps;
       } else {
         tile.steps = -1;
       }
@@ -194,7 +193,7 @@ struct BackwardLoader {
                   smem.dout_full(stage), tile, step);
         advance(step, call, tile);
       }
-      index = next_index(index, tiles);
+      index = next_index(tiles);
     }
   }
 };

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int lane = threadIdx.x % lanes;
   const uint32_t block = gridDim.x - 1 - blockIdx.x;  // what is read last is used first
   const uint32_t row = block * (kRowThreads / lanes) + threadIdx.x / lanes;
-  if (buffers.taken != nullptr && row == 0 && lane == 0) *buffers.taken = 0;
+  if (row == 0 && lane == 0) *buffers.taken = 0;
   if (row >= rows) return;  // whole rows, of half a warp at least
   const uint32_t head = row / head_rows, heads = static_cast<uint32_t>(shape.H);
   const auto s = static_cast<int32_t>(row % head_rows);

@@ -10,8 +10,10 @@
 #include "cuda/fragment.cuh"
 #include "cuda/hopper/backward_config.h"
 #include "cuda/hopper/product.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/wgmma_rs_rows.cuh"
 #include "cuda/ptx/wgmma_ss_mn.cuh"
 
 namespace online_attention::cuda::hopper {
@@ -29,11 +31,39 @@ struct BackwardTile : WarpgroupThread {
 
   float dk[kGradients];
   float dv[kGradients];
+  uint32_t v[kConfig.held_values ? kConfig.head_dim / 4 : 1];
 
   // Starts S^T = K Q^T or dP^T = V dO^T; `keys` is where the group's rows are.
   __device__ __forceinline__ static void start_pairs(Pairs& acc, uint32_t keys, uint32_t queries) {
     start_rows_by_rows<Element, kConfig.head_dim, kKvBoxBytes, kConfig.q_box_bytes()>(acc, keys,
                                                                                       queries);
+  }
+  // Reads the group's rows of V, the A operands of dP^T = V dO^T.
+  __device__ __forceinline__ void load_values(uint32_t values) {
+    const int in_matrix = lane() % 8;
+    const uint32_t source = values + (16 * warp() + lane() / 8 % 2 * 8 + in_matrix) * kRowBytes;
+#pragma unroll
+    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
+      const int chunk = (step % 4 * 2 + lane() / 16) ^ in_matrix;
+      uint32_t words[4];
+      ptx::ldmatrix_x4(words, source + step / 4 * kKvBoxBytes + chunk * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[4 * step + i] = words[i];
+    }
+  }
+  // Starts dP^T = V dO^T, V in registers.
+  __device__ __forceinline__ void start_pairs_of_values(Pairs& acc, uint32_t dout) {
+    const uint64_t b = smem_descriptor(dout, 0);
+    ptx::held(v);
+    ptx::held(acc);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
+      const int box = step / 4, in_box = step % 4 * 2;
+      ptx::wgmma_rs_rows<Element>(acc, v + 4 * step,
+                                  b + box * (kConfig.q_box_bytes() / 16) + in_box, step != 0);
+    }
+    ptx::wgmma_commit();
   }
   // Starts dV += P^T dO or dK += dS^T Q.
   __device__ __forceinline__ static void start_gradient(float (&acc)[kGradients], Rounded& pairs,

@@ -88,16 +88,10 @@ struct WideBackwardRole : WarpgroupThread {
   __device__ __forceinline__ void mark_nonfinite_keys() {
     const int i = thread();
     if (i < WideBackwardConfig::kTileN) ptx::store_shared(smem.mark(i), 0u);
+    wait_for_both();
     constexpr uint32_t kStep = kThreads * 16;
     const uint32_t begin = smem.k() + i * 16, end = smem.k() + kConfig.q_bytes();
-    const bool found = has_nonfinite<Element>(begin, end, kStep);
-    const uint32_t other = smem.other_k() + i * 16, other_end = smem.q(0);
-    if (has_nonfinite<Element>(other, other_end, kStep)) {
-      clear_nonfinite<Element>(other, other_end, kStep);
-    }
-    marked = ptx::barrier_or(kConsumersBarrier, kThreads, found);
-    if (!marked) return;
-    if (found) {
+    if (has_nonfinite<Element>(begin, end, kStep)) {
 #pragma unroll 1
       for (uint32_t address = begin; address < end; address += kStep) {
         if (!has_nonfinite<Element>(address, address + 16, 16)) continue;
@@ -105,10 +99,17 @@ struct WideBackwardRole : WarpgroupThread {
       }
       clear_nonfinite<Element>(begin, end, kStep);
     }
+    const uint32_t other = smem.other_k() + i * 16, other_end = smem.q(0);
+    if (has_nonfinite<Element>(other, other_end, kStep)) {
+      clear_nonfinite<Element>(other, other_end, kStep);
+    }
     wait_for_both();
+    const uint32_t marks =
+        ptx::load_shared(smem.mark(lane())) | ptx::load_shared(smem.mark(lane() + 32));
+    marked = __any_sync(0xffffffffu, marks != 0);
   }
   // And so are queries and dO of a step that the mask cuts, once both have read them as they are.
-  // Returns whether dO had such elements. No product must be running.
+  // Returns whether dO may have had such elements. No product must be running.
   __device__ __forceinline__ bool clear_nonfinite_queries() const {
     wait(smem.q_full(at.stage), at.phase);
     wait(smem.dout_full(at.stage), at.phase);
@@ -124,9 +125,9 @@ struct WideBackwardRole : WarpgroupThread {
     constexpr uint32_t kStep = kThreads * 16;
     const uint32_t q = smem.q(at.stage), dout = smem.dout(at.stage), first = thread() * 16;
     clear_nonfinite<Element>(q + first, q + kConfig.q_bytes(), kStep);
-    const bool found = has_nonfinite<Element>(dout + first, dout + kConfig.dout_bytes(), kStep);
-    if (found) clear_nonfinite<Element>(dout + first, dout + kConfig.dout_bytes(), kStep);
-    return ptx::barrier_or(kConsumersBarrier, kThreads, found);
+    clear_nonfinite<Element>(dout + first, dout + kConfig.dout_bytes(), kStep);
+    wait_for_both();
+    return true;
   }
 
   // Starts gradient += A B, B the queries of a step or their dO.
