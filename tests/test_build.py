@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import subprocess
 import zlib
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -169,21 +171,22 @@ def test_ptxas_has_no_warning(printed: dict[str, list[str]]):
     assert ptxas.warnings(printed) == []
 
 
-# wgmma instructions of a Hopper forward kernel: three S = Q K^T of D / 16 each (the first of a
-# query tile, a step with masks, a step without) and three O += P V of the keys of a tile / 16. More
-# of them means that the compiler has copied the main loop, fewer that it is not there. Tiles:
+# wgmma instructions of a Hopper forward kernel: S = Q K^T of D / 16 for the first key tile of a
+# query tile, a step with masks and a step without, O += P V of the keys of a tile / 16 for the two
+# steps and the last key tile; one more of each where query tiles are chained. More of them means
+# that the compiler has copied the main loop, fewer that it is not there. Tiles:
 # csrc/cuda/hopper/config.h.
-def forward_products(head_dim: int, keys: int) -> int:
-    return 3 * (head_dim // 16) + 3 * (keys // 16)
+def forward_products(head_dim: int, keys: int, *, chained: bool) -> int:
+    return (3 + chained) * (head_dim // 16 + keys // 16)
 
 
 HOPPER_FORWARD_PRODUCTS = {
-    "64": forward_products(64, 128) + forward_products(64, 128),
-    "96": forward_products(96, 128) + forward_products(96, 96),
-    "128": forward_products(128, 128) + forward_products(128, 80),
-    "192_128": forward_products(192, 128),
-    "192": forward_products(192, 112),
-    "256": forward_products(256, 80),
+    "64": 2 * forward_products(64, 128, chained=True),
+    "96": forward_products(96, 128, chained=True) + forward_products(96, 96, chained=False),
+    "128": forward_products(128, 128, chained=True) + forward_products(128, 80, chained=True),
+    "192_128": forward_products(192, 128, chained=False),
+    "192": forward_products(192, 112, chained=False),
+    "256": forward_products(256, 80, chained=False),
 }
 
 
@@ -218,6 +221,20 @@ HOPPER_WIDE_BACKWARD_PRODUCTS = {
 }
 
 
+def hopper_objects(printed: dict[str, list[str]], name: str) -> list[str]:
+    return [target for target in printed if re.search(rf"/hopper/{name}_b?f16_d", target)]
+
+
+@functools.cache
+def disassembled(target: str) -> str:
+    cuobjdump = ptxas.disassembler()
+    if cuobjdump is None:
+        pytest.skip("there is no cuobjdump here")
+    return subprocess.run(
+        [cuobjdump, "-sass", BUILD / target], capture_output=True, text=True, check=True
+    ).stdout
+
+
 @pytest.mark.parametrize(
     ("name", "products"),
     [
@@ -229,19 +246,39 @@ HOPPER_WIDE_BACKWARD_PRODUCTS = {
 def test_hopper_kernels_hold_their_products(
     printed: dict[str, list[str]], name: str, products: dict[str, int]
 ):
-    objects = [target for target in printed if re.search(rf"/hopper/{name}_b?f16_d", target)]
+    objects = hopper_objects(printed, name)
     assert len(objects) == 2 * len(products)
-    cuobjdump = ptxas.disassembler()
-    if cuobjdump is None:
-        pytest.skip("there is no cuobjdump here")
     for target in objects:
-        sass = subprocess.run(
-            [cuobjdump, "-sass", BUILD / target], capture_output=True, text=True, check=True
-        ).stdout
+        sass = disassembled(target)
         found = re.search(r"_d(\w+)\.cu", target)
         assert found is not None
         assert sass.count("HGMMA.64x") == products[found[1]], target
         assert "USETMAXREG" in sass
+
+
+def longest_run(sass: str, instruction: str) -> int:
+    """The most of these instructions behind each other."""
+    code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?(\S+)", sass, re.MULTILINE)
+    runs = (len(list(run)) for same, run in groupby(code, instruction.__eq__) if same)
+    return max(runs, default=0)
+
+
+def test_hopper_forward_keeps_its_schedule(printed: dict[str, list[str]]):
+    """ptxas has the last word on two things that cost a tenth of the speed when they went wrong:
+    other instructions stand between exponentials, and warps are known to run together, so that
+    nothing makes them meet before each product (docs/hopper_forward.md)."""
+    for target in hopper_objects(printed, "forward"):
+        sass = disassembled(target)
+        assert 1 <= longest_run(sass, "MUFU.EX2") <= 4, target
+        assert "WARPSYNC.ALL" not in sass, target
+
+
+def test_runs_of_instructions_are_counted():
+    line = "        /*{:04x}*/                   {} R1, R2 ;   /* 0x0000000000000000 */\n"
+    code = ["MUFU.EX2", "FADD", "@P1 MUFU.EX2", "@!P0 MUFU.EX2", "MUFU.LG2", "MUFU.EX2"]
+    sass = "".join(line.format(16 * i, x) for i, x in enumerate(code))
+    assert longest_run(sass, "MUFU.EX2") == 2
+    assert longest_run(sass, "HGMMA") == 0
 
 
 def test_the_log_is_understood():

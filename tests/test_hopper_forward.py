@@ -48,19 +48,31 @@ SHAPES = [  # of tiles: short and long, masked and not
     Case("long-full", 700, 2100, D=128, H=3),
     Case("longer-causal", 300, 8200, D=128, H=1, mask=CAUSAL),
 ]
+CHAINED = [  # more query tiles than blocks on a device of 132: a block goes from one to the next
+    Case("chained-full", 300, 300, D=64, H=32, B=3),
+    Case("chained-causal", 650, 650, D=64, H=24, B=3, mask=CAUSAL),
+    Case("chained-window", 500, 700, D=96, H=24, B=2, mask=Mask(left=100, right=50)),
+    Case("chained-one-key-tile", 260, 60, D=128, H=30, H_kv=10, B=3, mask=CAUSAL_TOP_LEFT),
+    Case("chained-empty-rows", 700, 500, D=128, H=16, B=2, mask=CAUSAL),
+    Case("chained-packed", 64, 400, D=128, H=64, H_kv=32, B=6, mask=CAUSAL),
+    Case("chained-tall", 2100, 2100, D=64, H=14, mask=CAUSAL),
+    Case("chained-tall-full", 600, 2100, D=128, H=40),
+    Case("chained-wide", 260, 260, D=256, H=32, B=2, mask=CAUSAL),
+]
 SAFETY = [
+    Case("chained", 515, 515, D=128, H=32, B=2, mask=CAUSAL),
     Case("causal", 513, 513, D=128, H=6, mask=CAUSAL),
     Case("full", 400, 700, D=64, H=5),
     Case("wide", 260, 260, D=256, H=3, mask=CAUSAL),
 ]
 
 
-@pytest.mark.cases(HEAD_DIMS + PACKED + SPLIT + SHAPES)
+@pytest.mark.cases(HEAD_DIMS + PACKED + SPLIT + SHAPES + CHAINED)
 def test_result(target: Target, case: Case):
     check_case(target, case)
 
 
-@pytest.mark.cases(PACKED + SPLIT)
+@pytest.mark.cases(PACKED + SPLIT + CHAINED)
 def test_hidden_nan_and_inf_stay_hidden(target: Target, case: Case):
     """Values that some rows of a tile see and others do not: the latter get none of them."""
     inputs = case.inputs(target.dtype, target.device, target.head_dim)
