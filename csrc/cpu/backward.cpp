@@ -87,6 +87,9 @@ class Backward {
   int64_t sets() const { return kv_heads() * tiling_.sets(); }
   int64_t tasks() const { return kv_heads() * tiling_.key_tiles; }
 
+  // Whether each set is worked on by one task alone, which then prepares it, too.
+  bool tasks_prepare() const { return tiling_.key_tiles == 1; }
+
   void prepare(int64_t begin, int64_t end) noexcept {
     std::byte* memory = scratch();
     const InThreadState state(kernel_.thread);
@@ -248,8 +251,11 @@ void Backward::prepare(int64_t set, std::byte* scratch) const {
 void Backward::run(int64_t kv_head, int64_t key_tile_index, DqParts& parts,
                    std::byte* scratch) const {
   const KeyTile keys = key_tile(kv_head, key_tile_index);
-  kernel_.start(keys, scratch);
   const int64_t end = (kv_head + 1) * tiling_.sets();
+  for (int64_t set = kv_head * tiling_.sets(); tasks_prepare() && set < end; ++set) {
+    prepare(set, scratch);
+  }
+  kernel_.start(keys, scratch);
   const auto first_that_sees = [&](int64_t set) {
     for (; set < end; ++set) {
       const KvRange seen = key_tiles_of(set % tiling_.q_tiles);
@@ -369,7 +375,7 @@ Status backward(const BackwardArgs& args, const Launch& launch) {
   const auto work = [](int64_t, int64_t, void* context) {
     static_cast<Backward*>(context)->work();
   };
-  launch.parallel_for(backward.sets(), 1, prepare, &backward);
+  if (!backward.tasks_prepare()) launch.parallel_for(backward.sets(), 1, prepare, &backward);
   if (backward.status() == kOk) launch.parallel_for(backward.tasks(), 1, work, &backward);
   return backward.status();
 }
