@@ -34,17 +34,17 @@ void* workspace() {
   return memory;
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
+template <typename Element, int D, int DV, int N, int G, int S, int QS>
 __global__ void __launch_bounds__(128 * (G + 1), 1)
     lab_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
   forward_block<Element, config>(call, smem);
 }
 
-template <typename Element, int D, int DV, int N, int G, int S, int QS, bool T>
+template <typename Element, int D, int DV, int N, int G, int S, int QS>
 Status run(const ForwardArgs& args, int grid) {
-  constexpr ForwardConfig config = {D, DV, N, G, S, QS, T};
+  constexpr ForwardConfig config = {D, DV, N, G, S, QS};
   const ForwardPlan plan = plan_forward(args, config, 132);
   ForwardCall call;
   const Status status = describe_call(args, config, plan, call);
@@ -52,18 +52,18 @@ Status run(const ForwardArgs& args, int grid) {
   place_workspace(workspace(), plan, call);
   if (call.taken) CHECK(cudaMemsetAsync(call.taken, 0, 4));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(grid, call.plan.tiles()));
-  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS, T>, blocks,
-                                 config.threads(), config.smem_bytes(), nullptr, call);
+  const Status launched = launch(lab_kernel<Element, D, DV, N, G, S, QS>, blocks, config.threads(),
+                                 config.smem_bytes(), nullptr, call);
   if (launched != kOk || call.plan.splits == 1) return launched;
   return combine(args, call.plan, call.partial, nullptr);
 }
 
-#define VARIANT(causal, D, DV, N, G, S, QS, T)               \
-  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS " turns " #T, \
-   {D, DV, N, G, S, QS, T},                                  \
-   causal,                                                   \
-   run<__nv_bfloat16, D, DV, N, G, S, QS, T>,                \
-   F16(D, DV, N, G, S, QS, T)}
+#define VARIANT(causal, D, DV, N, G, S, QS)     \
+  {#D "/" #DV " n" #N " g" #G " s" #S " q" #QS, \
+   {D, DV, N, G, S, QS},                        \
+   causal,                                      \
+   run<__nv_bfloat16, D, DV, N, G, S, QS>,      \
+   F16(D, DV, N, G, S, QS)}
 #ifdef WITH_F16
 #define F16(...) run<__half, __VA_ARGS__>
 #else
@@ -345,13 +345,13 @@ int bench(const char* only) {
       }
     }
   }
-  std::printf("%-28s %-7s", "variant", "mask");
+  std::printf("%-40s %-7s", "variant", "mask");
   for (int S : lengths) std::printf("%7d", S);
   std::printf("\n");
   for (int v = 0; v < kCount; ++v) {
     for (int causal = 0; causal < 2; ++causal) {
       if (speeds[v][causal][0].empty()) continue;
-      std::printf("%-28s %-7s", kVariants[v].name, causal ? "causal" : "full");
+      std::printf("%-40s %-7s", kVariants[v].name, causal ? "causal" : "full");
       for (std::vector<double>& rounds : speeds[v][causal]) {
         std::sort(rounds.begin(), rounds.end());
         std::printf("%7.0f", rounds[kRounds / 2]);

@@ -17,10 +17,7 @@ struct Tile {
   int32_t split;                   // of the keys; kv_blocks may be 0 where there are several
 };
 
-// Named barriers (ids of ptx::barrier_sync; 0 is the block's): of the inspectors, and of the first
-// consumer whose turn it is.
-inline constexpr int kInspectorBarrier = 1;
-inline constexpr int kTurnBarrier = 2;
+inline constexpr int kInspectorBarrier = 1;  // named (ptx::barrier_or); 0 is the block's
 
 inline constexpr int kQBoxRows = 64;  // of a box of Q: a warpgroup's rows
 
@@ -31,8 +28,6 @@ struct ForwardConfig {
   int consumers = 0;  // warpgroups that compute, of 64 query rows each
   int stages = 0;     // tiles of keys, and as many of values, in shared memory
   int q_stages = 0;   // query tiles there: one is computed, another may be on its way
-  // In calls without a mask the consumers start their products in turns.
-  bool turns = false;
 
   static constexpr int kColumns = 64;            // of a box: 128 bytes, what a swizzled row holds
   static constexpr int kRowBytes = 128;          // of such a box
@@ -54,8 +49,11 @@ struct ForwardConfig {
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const {
     return v_offset() + stages * v_bytes();
   }
-  // A Tile is read until its outputs are stored, longer than its queries.
-  ONLINE_ATTENTION_HD constexpr int tile_stages() const { return q_stages + 1; }
+  // A Tile is read until its outputs are stored: while the last S of the next query tile, if that
+  // has but one key tile, gives room to the one q_stages behind it.
+  ONLINE_ATTENTION_HD constexpr int tile_stages() const { return q_stages + 2; }
+  // Whether the last product of a query tile runs beside the first of the next.
+  ONLINE_ATTENTION_HD constexpr bool chained() const { return q_stages > 1; }
   ONLINE_ATTENTION_HD constexpr int barriers() const { return 2 * q_stages + 5 * stages; }
   ONLINE_ATTENTION_HD constexpr int tile_offset() const {
     return barrier_offset() + ceil_div(barriers() * 8, 64) * 64;
@@ -73,7 +71,9 @@ struct ForwardConfig {
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
     const int registers = consumers * consumer_registers() + producer_registers();
-    return smem_bytes() <= kSmemBytes && tile_n % 16 == 0 && registers * 128 <= 65536 &&
+    // A chained consumer leaves out key tiles while the values before them are still to be used.
+    const bool rings = !chained() || ceil_div(tile_m() - 64, tile_n) < stages;
+    return rings && smem_bytes() <= kSmemBytes && tile_n % 16 == 0 && registers * 128 <= 65536 &&
            (consumers == 2 || consumers == 3);
   }
 };
@@ -86,13 +86,8 @@ template <>
 inline constexpr ForwardConfig kForward<64, 64, 128> = {
     .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 2, .stages = 4, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<64, 64, 192> = {.head_dim = 64,
-                                                        .value_dim = 64,
-                                                        .tile_n = 128,
-                                                        .consumers = 3,
-                                                        .stages = 4,
-                                                        .q_stages = 2,
-                                                        .turns = true};
+inline constexpr ForwardConfig kForward<64, 64, 192> = {
+    .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 3, .stages = 4, .q_stages = 2};
 template <>
 inline constexpr ForwardConfig kForward<96, 96, 128> = {
     .head_dim = 96, .value_dim = 96, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};

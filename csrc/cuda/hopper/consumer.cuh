@@ -18,10 +18,12 @@ struct Consumer {
   int group;            // 0 .. consumers - 1
   uint32_t opened = 0;  // query tiles before this one
   uint32_t tiles = 0;   // key tiles whose scores are done; the values of the last are still to come
-  bool k_came = false;  // whether the keys of the next one are known to be there
+  // Whether the keys of the next one, and the values of the last, are known to be there.
+  bool k_came = false, v_came = false;
   Rows rows;
   typename Rows::Scores scores;
-  bool nonfinite = false;  // some value of the query tile was, see inspect_values
+  bool inspected = false;  // whether the last values are, see inspect_values
+  bool nonfinite = false;  // some value of the query tile was
 
   // The last key tile whose scores were started, and the last of the query tile.
   int32_t kv, kv_begin;
@@ -30,6 +32,9 @@ struct Consumer {
 
   __device__ __forceinline__ int q_stage() const {
     return static_cast<int>(opened % kConfig.q_stages);
+  }
+  __device__ __forceinline__ uint32_t queries_phase() const {
+    return opened / kConfig.q_stages % 2;
   }
   __device__ __forceinline__ const Tile& tile() const {
     return smem.tile(static_cast<int>(opened % kConfig.tile_stages()));
@@ -41,86 +46,68 @@ struct Consumer {
   }
   __device__ __forceinline__ static uint32_t phase_of(uint32_t i) { return i / kConfig.stages % 2; }
 
-  // Barriers are asked early and waited for, if need be, late: an answer takes a hundred cycles.
-  __device__ __forceinline__ bool keys_came() const {
-    return ptx::mbarrier_test_wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
+  // Barriers are asked early, under the softmax, and waited for, if need be, late: an answer takes
+  // a hundred cycles. Of the next keys, and of the values that belong to these scores.
+  __device__ __forceinline__ void ask_ahead() {
+    const uint32_t next = tiles + 1;
+    v_came = ptx::mbarrier_test_wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+    k_came = ptx::mbarrier_test_wait(smem.k_full(stage_of(next)), phase_of(next));
   }
-  __device__ __forceinline__ bool values_came() const {
-    return ptx::mbarrier_test_wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+  __device__ __forceinline__ void wait_keys() const {
+    if (!k_came) wait(smem.k_full(stage_of(tiles)), phase_of(tiles));
   }
-  __device__ __forceinline__ void wait_values(bool came) const {
-    if (!came) wait(smem.v_full(stage_of(tiles)), phase_of(tiles));
+  // For O += P V of the last key tile; what the inspectors say of its values.
+  __device__ __forceinline__ void wait_values() {
+    if (!v_came) wait(smem.v_full(stage_of(tiles - 1)), phase_of(tiles - 1));
+    if (inspected) nonfinite |= smem.nonfinite(stage_of(tiles - 1)) != 0;
+    inspected = false;
   }
 
   __device__ __forceinline__ void start_scores() {
-    const int stage = stage_of(tiles);
-    if (!k_came) wait(smem.k_full(stage), phase_of(tiles));
-    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(), smem.k(stage));
+    rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(),
+                      smem.k(stage_of(tiles)));
   }
-  // O += P V of the last key tile, whose values have come.
-  __device__ __forceinline__ void start_out() { rows.start_out(smem.v(stage_of(tiles - 1))); }
+  // O += P V of a key tile whose values have come.
+  __device__ __forceinline__ void start_out(uint32_t i) { rows.start_out(smem.v(stage_of(i))); }
   // S has been computed: gives back the keys and, after the last of them, the queries.
   __device__ __forceinline__ void release_k() {
     ptx::mbarrier_arrive_if(smem.k_empty(stage_of(tiles)), speaks());
     ptx::mbarrier_arrive_if(smem.q_empty(q_stage()), speaks() && kv == kv_begin);
   }
-  __device__ __forceinline__ void release_v() {
-    ptx::mbarrier_arrive_if(smem.v_empty(stage_of(tiles - 1)), speaks());
-  }
-
-  // Consumers that start their products one after the other do not wait for each other's later. A
-  // turn is a step, of which all have the same number in a call without a mask.
-  __device__ __forceinline__ bool has_turns() const {
-    return kConfig.turns && !call.args.mask.is_banded();
-  }
-  __device__ __forceinline__ void take_turn() const {
-    if (has_turns()) ptx::barrier_sync(kTurnBarrier + group, 2 * 128);
-  }
-  __device__ __forceinline__ void give_turn() const {
-    if (has_turns()) ptx::barrier_arrive(kTurnBarrier + (group + 1) % kConfig.consumers, 2 * 128);
-  }
-
-  // What comes before (E6). Returns whether the mask cuts the tile.
-  __device__ __forceinline__ bool prepare_scores() {
-    const bool cut = is_cut<kConfig>(tile(), kv);
-    if (call.sign != 1) rows.scale_scores(scores, call.sign);
-    if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
-    return cut && call.args.mask.is_banded();
-  }
-  // Values that the inspectors have looked through.
-  __device__ __forceinline__ void note_nonfinite() {
-    nonfinite |= smem.nonfinite(stage_of(tiles)) != 0;
-  }
-
-  // S = Q K^T of a key tile runs with O += P V of the one before, and its softmax under the latter,
-  // which must have ended before P is written: half the exponentials come first. `kPlain`: no mask
-  // cuts the tile, and the scale is positive.
-  template <bool kPlain>
-  __device__ __forceinline__ void step() {
-    take_turn();
-    start_scores();
-    start_out();
-    give_turn();
-    ptx::wgmma_wait<1>();
-    ptx::held(scores);
-    release_k();
-    const bool inspected = !kPlain && prepare_scores();
-    const bool raised = rows.raise_maxima(scores, call.scale_log2);
-    const bool v_came = values_came();
-    auto w = rows.begin_weighing(scores);
-    rows.template weigh<0, Rows::kMiddle>(scores, w);
-    ptx::held(scores);
-    wait_values(v_came);
-    if (inspected) note_nonfinite();
+  // O is complete; P may be written and the values' place filled anew.
+  __device__ __forceinline__ void finish_out(uint32_t i) {
     ptx::wgmma_wait<0>();
     ptx::held(rows.out);
     ptx::held(rows.p);
-    release_v();
-    ++tiles;
-    k_came = keys_came();
+    ptx::mbarrier_arrive_if(smem.v_empty(stage_of(i)), speaks());
+  }
+
+  // What comes before (E6).
+  __device__ __forceinline__ void prepare_scores() {
+    const bool cut = is_cut<kConfig>(tile(), kv);
+    if (call.sign != 1) rows.scale_scores(scores, call.sign);
+    if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
+    inspected = cut && call.args.mask.is_banded();
+  }
+
+  // S = Q K^T of a key tile runs beside O += P V of the one before. `kPlain`: no mask cuts the
+  // tile, and the scale is positive.
+  template <bool kPlain>
+  __device__ __forceinline__ void step() {
+    wait_keys();
+    wait_values();
+    start_scores();
+    start_out(tiles - 1);
+    ptx::wgmma_wait<1>();
+    ptx::held(scores);
+    release_k();
+    if constexpr (!kPlain) prepare_scores();
+    const bool raised = rows.raise_maxima(scores, call.scale_log2);
+    finish_out(tiles - 1);
+    ask_ahead();
     if (raised) rows.rescale(rows.alpha);
-    rows.template weigh<Rows::kMiddle, Rows::kScores>(scores, w);
-    rows.end_weighing(scores, w);
+    rows.weigh(scores);
+    ++tiles;
   }
 
   // The first key behind those that the warpgroup's rows see.
@@ -146,23 +133,28 @@ struct Consumer {
     }
   }
 
+  // Where the query tile's key tiles begin for this warpgroup.
+  __device__ __forceinline__ void open_rows() {
+    kv_begin = tile().kv_begin;
+    kv = kv_begin + (tile().kv_blocks - 1) * kConfig.tile_n;
+    skip_tiles(seen_end(tile()));
+  }
+
   // The first key tile of a query tile, with no product of this warpgroup beside it.
   __device__ __forceinline__ void begin_rows() {
+    open_rows();
     rows.reset();
+    wait_keys();
     start_scores();
-    const bool v_came = values_came();
     ptx::wgmma_wait<0>();
     ptx::held(scores);
     release_k();
-    const bool inspected = prepare_scores();
+    ask_ahead();
+    prepare_scores();
     rows.raise_to_tile(scores, call.scale_log2);
-    auto w = rows.begin_weighing(scores);
-    rows.template weigh<0, Rows::kScores>(scores, w);
-    rows.end_weighing(scores, w);
-    wait_values(v_came);
-    if (inspected) note_nonfinite();
+    rows.weigh(scores);
+    nonfinite = false;
     ++tiles;
-    k_came = keys_came();
   }
 
   // No mask cuts the key tiles from here on up to plain_end of the query tile.
@@ -170,11 +162,8 @@ struct Consumer {
     return call.sign == 1 ? max(kv_begin, tile().plain_begin) : INT32_MAX;
   }
 
-  __device__ __forceinline__ void run_rows() {
-    kv_begin = tile().kv_begin;
-    kv = kv_begin + (tile().kv_blocks - 1) * kConfig.tile_n;
-    skip_tiles(seen_end(tile()));
-    begin_rows();
+  // All key tiles but the first, and all of O but that of the last.
+  __device__ __forceinline__ void run_steps() {
     while (kv != kv_begin) {
       kv -= kConfig.tile_n;
       if (kv < plain_begin() || kv + kConfig.tile_n > tile().plain_end) {
@@ -189,33 +178,88 @@ struct Consumer {
         kv -= kConfig.tile_n;
       }
     }
-    start_out();
-    rows.sum_quads();
-    finish_states(tile());
-    ptx::wgmma_wait<0>();
-    ptx::held(rows.out);
-    ptx::held(rows.p);
-    release_v();
+    wait_values();
+  }
+
+  // Whether another query tile follows whose first key tile may run beside the last O += P V of
+  // this one; its queries have come then. What is rare ends a chain: in the loop of chained tiles
+  // nothing may branch on what differs between threads, or ptxas takes warps for divergent, wants
+  // them to meet before each product and moves descriptors there one by one.
+  __device__ __forceinline__ bool has_next() const {
+    if (!kConfig.chained() || nonfinite || call.plan.splits > 1) return false;
+    const uint32_t next = opened + 1;
+    wait(smem.q_full(static_cast<int>(next % kConfig.q_stages)), next / kConfig.q_stages % 2);
+    const Tile& tile = smem.tile(static_cast<int>(next % kConfig.tile_stages()));
+    return tile.row_begin >= 0 && tile.kv_blocks > 0;
+  }
+
+  // The last O += P V of a query tile, with nothing beside it.
+  __device__ __forceinline__ void end_rows() {
+    const bool whole = call.plan.splits == 1;
+    start_out(tiles - 1);
+    RowFactors factors;
+    if (whole) factors = finish_states(tile(), rows.softmax);
+    finish_out(tiles - 1);
+    if (whole) {
+      store_rows(tile(), factors);
+      if (nonfinite) {
+        add_nonfinite<Element>(tile(), [&](const RowPlace& at) { return out_row(tile(), at); });
+      }
+    } else {
+      store_split(tile());
+    }
+  }
+
+  // The same beside the first key tile of the next one: a step from one query tile to the other. No
+  // values are waited for before the place of the last ones is free, which they may come to.
+  __device__ __forceinline__ void chain_rows() {
+    const Tile& ended = tile();
+    const SoftmaxRow<float> softmax[2] = {rows.softmax[0], rows.softmax[1]};
+    const uint32_t last = tiles - 1;
+    ++opened;
+    open_rows();
+    wait_keys();
+    start_scores();
+    start_out(last);
+    ptx::wgmma_wait<1>();
+    ptx::held(scores);
+    release_k();
+    prepare_scores();
+    rows.reset_softmax();
+    rows.raise_to_tile(scores, call.scale_log2);
+    finish_out(last);
+    ask_ahead();
+    rows.weigh(scores);
+    store_rows(ended, finish_states(ended, softmax));
+    rows.clear();
+    nonfinite = false;
+    ++tiles;
   }
 
   // A split with no key that the query tile sees.
   __device__ __forceinline__ void pass_rows() {
     if (speaks()) ptx::mbarrier_arrive(smem.q_empty(q_stage()));
     rows.reset();
-    finish_states(tile());
+    nonfinite = false;
+    store_split(tile());
   }
 
   __device__ __forceinline__ void run() {
-    if (group == kConfig.consumers - 1) give_turn();
     for (;; ++opened) {
-      wait(smem.q_full(q_stage()), opened / kConfig.q_stages % 2);
+      wait(smem.q_full(q_stage()), queries_phase());
       if (tile().row_begin < 0) return;
       if (tile().kv_blocks > 0) {
-        run_rows();
+        begin_rows();
+#pragma unroll 1
+        for (;;) {
+          run_steps();
+          if (!has_next()) break;
+          chain_rows();
+        }
+        end_rows();
       } else {
         pass_rows();
       }
-      store(tile());
     }
   }
 
@@ -233,47 +277,53 @@ struct Consumer {
     return {h, q_idx, (int64_t{tile.b} * shape.H + h) * shape.S_q + q_idx, q_idx < call.last_query};
   }
 
-  // The rows' lse, or what combine needs, and what the outputs are to be multiplied by, in alpha.
-  __device__ __forceinline__ void finish_states(const Tile& tile) {
-    const bool whole = call.plan.splits == 1;
+  // What the outputs are to be multiplied by; writes the rows' lse, or what combine needs.
+  struct RowFactors {
+    float of[2];
+  };
+  __device__ __forceinline__ RowFactors finish_states(const Tile& tile,
+                                                      const SoftmaxRow<float> (&softmax)[2]) const {
+    RowFactors factors;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      rows.alpha[h] = whole ? rows.inverse_sum(h) : 1;
+      SoftmaxRow<float> row = softmax[h];
+      row.l = quad_sum(row.l);
+      factors.of[h] = Rows::inverse_sum(row);
       const RowPlace at = place(tile, rows.row(h));
-      if (!at.exists || rows.lane() % 4 != 0) continue;
-      if (whole) {
-        static_cast<float*>(call.args.lse)[at.row] = rows.lse(h);
-      } else {
-        call.partial.states[tile.split * call.partial.rows + at.row] = rows.softmax[h];
-      }
+      ptx::store_if(static_cast<float*>(call.args.lse) + at.row, Rows::lse(row),
+                    at.exists && rows.lane() % 4 == 0);
     }
+    return factors;
+  }
+  __device__ __forceinline__ void store_rows(const Tile& tile, const RowFactors& factors) {
+    rows.rescale(factors.of);
+    const RowPlace places[2] = {place(tile, rows.row(0)), place(tile, rows.row(1))};
+    rows.write_rows({out_row(tile, places[0]), out_row(tile, places[1])},
+                    {places[0].exists, places[1].exists}, static_cast<int>(call.args.shape.D_v));
+  }
+  __device__ __forceinline__ Element* out_row(const Tile& tile, const RowPlace& at) const {
+    return call.args.out.row<Element>(tile.b, at.h, at.q_idx);
   }
 
-  __device__ __forceinline__ void store(const Tile& tile) {
-    const ForwardArgs& args = call.args;
+  // The same for a split: states and sums for combine.
+  __device__ __forceinline__ void store_split(const Tile& tile) {
     const SplitBuffers<float>& partial = call.partial;
-    const int64_t columns = partial.padded_columns(args.shape);
-    const auto D_v = static_cast<int>(args.shape.D_v);
+    const int64_t columns = partial.padded_columns(call.args.shape);
+    const auto row_of = [&](const RowPlace& at) {
+      return partial.out + (tile.split * partial.rows + at.row) * columns;
+    };
     const RowPlace places[2] = {place(tile, rows.row(0)), place(tile, rows.row(1))};
-    if (call.plan.splits == 1) {
-      const auto out = [&](const RowPlace& at) {
-        return args.out.row<Element>(tile.b, at.h, at.q_idx);
-      };
-      rows.rescale(rows.alpha);
-      rows.write_rows({places[0].exists ? out(places[0]) : nullptr,
-                       places[1].exists ? out(places[1]) : nullptr},
-                      D_v);
-      if (nonfinite) add_nonfinite<Element>(tile, out);
-    } else {  // before normalisation
-      const auto out = [&](const RowPlace& at) {
-        return partial.out + (tile.split * partial.rows + at.row) * columns;
-      };
-      rows.write_sums({places[0].exists ? out(places[0]) : nullptr,
-                       places[1].exists ? out(places[1]) : nullptr},
-                      D_v);
-      if (nonfinite) add_nonfinite<float>(tile, out);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      SoftmaxRow<float> row = rows.softmax[h];
+      row.l = quad_sum(row.l);
+      if (!places[h].exists || rows.lane() % 4 != 0) continue;
+      partial.states[tile.split * partial.rows + places[h].row] = row;
     }
-    nonfinite = false;
+    rows.write_sums({places[0].exists ? row_of(places[0]) : nullptr,
+                     places[1].exists ? row_of(places[1]) : nullptr},
+                    static_cast<int>(call.args.shape.D_v));
+    if (nonfinite) add_nonfinite<float>(tile, row_of);
   }
 
   // Adds the Inf and NaN elements of values that the mask cuts, which the product has seen as

@@ -44,7 +44,7 @@ constexpr Buckets one_bucket() {
   return {only, only, kNever, kNever};
 }
 constexpr Buckets kBuckets[] = {
-    {bucket<64, 64, 128>(), bucket<64, 64, 192>(), 0, 2048},
+    {bucket<64, 64, 128>(), bucket<64, 64, 192>(), 2048, 2048},
     {bucket<96, 96, 128>(), bucket<96, 96, 192>(), 2048, 2048},
     {bucket<128, 128, 128>(), bucket<128, 128, 192>(), 2048, 8192},
     one_bucket<192, 128>(),

@@ -10,6 +10,7 @@
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/product.cuh"
 #include "cuda/ptx/approximate.cuh"
+#include "cuda/ptx/global.cuh"
 #include "cuda/tile_plan.h"
 
 namespace online_attention::cuda::hopper {
@@ -86,10 +87,16 @@ struct WarpgroupTile : WarpgroupThread {
 
   // No key has been seen.
   __device__ __forceinline__ void reset() {
-#pragma unroll
-    for (float& x : out) x = 0;
+    reset_softmax();
+    clear();
+  }
+  __device__ __forceinline__ void reset_softmax() {
 #pragma unroll
     for (SoftmaxRow<float>& row : softmax) row = {};
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& x : out) x = 0;
   }
 
   // (E6) Raises the rows' maxima by this tile. Returns whether the warp's outputs must be brought
@@ -141,64 +148,38 @@ struct WarpgroupTile : WarpgroupThread {
     }
   }
 
-  // (E7), (E8) Exponents, probabilities, sums, rounding of a key tile. Instructions are written in
-  // the order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
+  // (E7), (E8) Exponents, probabilities, sums and P of a key tile. Instructions are written in the
+  // order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
   // stands between two of them, for scores that come later or earlier, is free.
-  static constexpr int kMiddle = kScores / 16 * 8;  // from here on P may be written
-  static constexpr int kLead = 8, kLag = 8;
-  struct Weighing {
-    float base[2];
-    float sum[4];
-  };
-  __device__ __forceinline__ float exponent(float score, const Weighing& w, int i) const {
-    return fmaf(score, factor, -w.base[i / 2 % 2]);
-  }
-  __device__ __forceinline__ Weighing begin_weighing(Scores& scores) {
-    Weighing w = {{softmax[0].base(), softmax[1].base()}, {}};
+  __device__ __forceinline__ void weigh(Scores& scores) {
+    constexpr int kLead = 8, kLag = 8;
+    const float base[2] = {softmax[0].base(), softmax[1].base()};
+    const auto exponent = [&](int i) { return fmaf(scores[i], factor, -base[i / 2 % 2]); };
+    const auto round = [&](int pair) {
+      p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
+    };
+    float sums[4] = {};
 #pragma unroll
-    for (int i = 0; i < kLead; ++i) scores[i] = exponent(scores[i], w, i);
-    return w;
-  }
-  __device__ __forceinline__ void round(const Scores& scores, int pair) {
-    p[pair] = pack_pair<Element>(scores[2 * pair], scores[2 * pair + 1]);
-  }
-  // Pairs rounded before the i-th exponential.
-  ONLINE_ATTENTION_HD static constexpr int rounded_before(int i) {
-    const int steps = i - kMiddle, weighed = (i - kLag) / 2;
-    return i < kMiddle || i < kLag ? 0 : steps < weighed ? steps : weighed;
-  }
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void weigh(Scores& scores, Weighing& w) {
+    for (int i = 0; i < kLead; ++i) scores[i] = exponent(i);
 #pragma unroll
-    for (int i = kBegin; i < kEnd; ++i) {
-      scores[i] = exp2_of(scores[i]);
-      if (i + kLead < kScores) scores[i + kLead] = exponent(scores[i + kLead], w, i + kLead);
-      if (i >= kLag) w.sum[(i - kLag) % 4] += scores[i - kLag];
-      if (rounded_before(i + 1) > rounded_before(i)) round(scores, rounded_before(i));
+    for (int i = 0; i < kScores + kLag; ++i) {
+      if (i < kScores) scores[i] = exp2_of(scores[i]);
+      if (i + kLead < kScores) scores[i + kLead] = exponent(i + kLead);
+      if (i < kLag) continue;
+      sums[i % 4] += scores[i - kLag];
+      if (i % 2 != 0) round((i - kLag) / 2);
     }
-  }
-  __device__ __forceinline__ void end_weighing(const Scores& scores, Weighing& w) {
 #pragma unroll
-    for (int i = kScores - kLag; i < kScores; ++i) w.sum[i % 4] += scores[i];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, w.sum[2 * h] + w.sum[2 * h + 1]);
-#pragma unroll
-    for (int i = rounded_before(kScores); i < kScores / 2; ++i) round(scores, i);
-  }
-
-  // The sums of whole rows, after the last tile.
-  __device__ __forceinline__ void sum_quads() {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax[h].l = quad_sum(softmax[h].l);
+    for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sums[2 * h] + sums[2 * h + 1]);
   }
 
   // (E9), (E10). The sum of a row that saw a key lies between 1 and 2^kSlack S_kv, where the
   // approximate instructions are good to 2^-22.
-  __device__ __forceinline__ float inverse_sum(int h) const {
-    return softmax[h].l == 0 ? 0 : ptx::reciprocal(softmax[h].l);
+  __device__ __forceinline__ static float inverse_sum(const SoftmaxRow<float>& row) {
+    return row.l == 0 ? 0 : ptx::reciprocal(row.l);
   }
-  __device__ __forceinline__ float lse(int h) const {
-    return (softmax[h].m + ptx::log2(softmax[h].l)) * static_cast<float>(kLn2);
+  __device__ __forceinline__ static float lse(const SoftmaxRow<float>& row) {
+    return (row.m + ptx::log2(row.l)) * static_cast<float>(kLn2);
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
@@ -206,9 +187,10 @@ struct WarpgroupTile : WarpgroupThread {
     for (int i = 0; i < kOuts; ++i) out[i] *= factor[i / 2 % 2];
   }
 
-  // Writes the thread's two rows of the output, rounded, to out[h] where that is not null, columns
+  // Writes the thread's two rows of the output, rounded, to out[h] where they exist, columns
   // [0, columns): a multiple of 8, on 16-byte boundaries.
-  __device__ __forceinline__ void write_rows(Element* const (&to)[2], int columns) const {
+  __device__ __forceinline__ void write_rows(Element* const (&to)[2], const bool (&exists)[2],
+                                             int columns) const {
     const int t = lane() % 4;
 #pragma unroll
     for (int n = 0; n < kConfig.value_dim / 8; n += 4) {
@@ -221,10 +203,7 @@ struct WarpgroupTile : WarpgroupThread {
         }
         transpose_quad(words);
         const int column = 8 * (n + t);
-        if (to[h] != nullptr && column < columns) {
-          *reinterpret_cast<uint4*>(to[h] + column) =
-              make_uint4(words[0], words[1], words[2], words[3]);
-        }
+        ptx::store_if(to[h] + column, words, exists[h] && column < columns);
       }
     }
   }

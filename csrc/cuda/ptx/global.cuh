@@ -22,6 +22,22 @@ __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) 
 #endif
 }
 
+// st.global.v4.b32, st.global.f32: by the threads for which `stores` holds, without a branch.
+__device__ __forceinline__ void store_if(void* address, const uint32_t (&x)[4], bool stores) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0;\n"
+      "@p st.global.v4.b32 [%0], {%1,%2,%3,%4};}" ::"l"(address),
+      "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(static_cast<int>(stores))
+      : "memory");
+}
+__device__ __forceinline__ void store_if(float* address, float x, bool stores) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %2, 0;\n"
+      "@p st.global.f32 [%0], %1;}" ::"l"(address),
+      "f"(x), "r"(static_cast<int>(stores))
+      : "memory");
+}
+
 // ld.acquire.gpu.b32 (PTX 6.0, sm_70): what the releasing thread saw before its release_add is seen
 // after this.
 __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
