@@ -89,7 +89,7 @@ def check_hidden() -> None:
         q, k, v = inputs_of(dtype, S_q)
         hidden = torch.zeros(1, 1, S_q, S_KV, dtype=torch.bool)
         hidden[..., :130] = hidden[..., PART - 3 : PART + 2] = hidden[..., -3:] = True
-        hidden[:, :, 1, :] = hidden[:, :, 2:, 700] = True  # a row without keys, and a key of one row
+        hidden[:, :, 1, :] = hidden[:, :, 2:, 700] = True  # a row without keys, a key of one
         clean = attend(q, k, v, bias=~hidden)
         bad_k, bad_v = k.clone(), v.clone()
         everywhere = hidden.all(2)[0, 0]
