@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from instruction_sets import for_each_set, run
 from oracle import CAUSAL, CAUSAL_TOP_LEFT, FULL, Mask
+from tolerance import assert_bitwise_equal
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = ("dq", "dk", "dv")
@@ -142,6 +144,9 @@ def check_huge_scores() -> None:
     for spread, dtype in itertools.product((1e2, 1e4, 1e8, 1e30), (torch.float32, torch.bfloat16)):
         assert_right(call_of(Sizes(70, 250), CAUSAL, dtype, spread), one_key=True)
     assert_right(call_of(Sizes(3, 12), CAUSAL, torch.float32, 1e8), one_key=True)
+    # 14 rows in all: forward multiplies them where keys lie, backward packs the keys.
+    for sizes in (Sizes(7, 90, 40, H_kv=1), Sizes(7, 90, 135, H_kv=1)):
+        assert_right(call_of(sizes, CAUSAL, torch.float32, 1e8), one_key=True)
     # Many equal scores: each weighs 1/n, though the lse cannot tell. (Nor can the oracle's.)
     call = call_of(Sizes(40, 300), FULL, torch.float32)._replace(dlse=None)
     for score in (1e4, -1e4, 1e8, -1e8, 1e30):
@@ -203,7 +208,28 @@ def check_needs() -> None:
                 assert_equal(some, all_ if need else all_.new_empty(0), f"{needs}")
 
 
-CHECKS = (check_accuracy, check_scales, check_huge_scores, check_poison, check_needs)
+def check_heads_together_and_alone() -> None:
+    """No bit changes where heads are so many that a task takes more keys of each."""
+    heads = 4 * (os.cpu_count() or 1)
+    for dtype, S_kv in itertools.product(DTYPES, (33, 64, 100, 192)):
+        for mask in (FULL, CAUSAL, Mask(left=9, right=-1)):
+            call = call_of(Sizes(70, S_kv, 17, 16, 1, heads, heads), mask, dtype)
+            call.k[:, :, S_kv - 20] = math.inf  # enters dq by itself, and not every row's
+            together = gradients(call)
+            for h in (0, heads - 1):
+                alone = Call(*(x if isinstance(x, Mask) else x[:, h : h + 1] for x in call))
+                for name, a, b in zip(NAMES, gradients(alone), together, strict=True):
+                    assert_bitwise_equal(a, b[:, h : h + 1], f"{name}, {dtype}, {S_kv} keys")
+
+
+CHECKS = (
+    check_accuracy,
+    check_scales,
+    check_huge_scores,
+    check_poison,
+    check_needs,
+    check_heads_together_and_alone,
+)
 test_widest_instruction_set, test_instruction_set = for_each_set(__file__, CHECKS)
 
 

@@ -51,6 +51,17 @@ def check_rows() -> None:
             assert_right(attend(*inputs, CAUSAL), inputs, CAUSAL)
 
 
+def check_rows_in_lanes() -> None:
+    """From 9 rows a kv head on, of single and double precision; head dims off every unit."""
+    for dtype in (torch.float32, torch.float64):
+        for S_q, H, S_kv, D in ((9, 1, 17, 40), (5, 3, 131, 3), (12, 1, 300, 130), (8, 2, 80, 261)):
+            inputs = Inputs(
+                *normal((2, H, S_q, D), (2, 1, S_kv, D), (2, 1, S_kv, D_V), dtype=dtype)
+            )
+            for mask in (FULL, CAUSAL, Mask(left=5, right=3)):
+                assert_right(attend(*inputs, mask), inputs, mask)
+
+
 def check_masks() -> None:
     """Parts that no row sees, that some rows see, that are cut."""
     masks = (FULL, CAUSAL_TOP_LEFT, Mask(left=70, right=0), Mask(left=PART, right=-1))
@@ -62,9 +73,8 @@ def check_masks() -> None:
 
 
 def check_bias_and_dropout() -> None:
-    S_q = 3
-    factors = factors_of(RNG, 0.3, 1, 2, S_q, S_KV)
-    for dtype in DTYPES:
+    for S_q, dtype in itertools.product((3, 6), DTYPES):
+        factors = factors_of(RNG, 0.3, 1, 2, S_q, S_KV)
         inputs = inputs_of(dtype, S_q)
         (drawn,) = normal((1, 2, S_q, S_KV), dtype=dtype, seed=9)
         for bias in (drawn < 0.5, drawn.masked_fill(drawn > 1, -math.inf)):
@@ -75,11 +85,11 @@ def check_bias_and_dropout() -> None:
 
 def check_hidden() -> None:
     """NaN in hidden keys and values changes no bit, wherever the parts begin."""
-    for dtype in DTYPES:
-        q, k, v = inputs_of(dtype, 3)
-        hidden = torch.zeros(1, 1, 3, S_KV, dtype=torch.bool)
+    for S_q, dtype in itertools.product((3, 6), DTYPES):
+        q, k, v = inputs_of(dtype, S_q)
+        hidden = torch.zeros(1, 1, S_q, S_KV, dtype=torch.bool)
         hidden[..., :130] = hidden[..., PART - 3 : PART + 2] = hidden[..., -3:] = True
-        hidden[:, :, 1, :] = hidden[:, :, 2, 700] = True  # a row without keys, and a key of one row
+        hidden[:, :, 1, :] = hidden[:, :, 2:, 700] = True  # a row without keys, a key of one
         clean = attend(q, k, v, bias=~hidden)
         bad_k, bad_v = k.clone(), v.clone()
         everywhere = hidden.all(2)[0, 0]
@@ -118,6 +128,7 @@ def check_strides() -> None:
 
 CHECKS = (
     check_rows,
+    check_rows_in_lanes,
     check_masks,
     check_bias_and_dropout,
     check_hidden,

@@ -302,7 +302,7 @@ def test_mapped_cotangents():
         torch.testing.assert_close(mine, due[0])
 
 
-@pytest.mark.targets(dtypes=(torch.float16, torch.float32))
+@pytest.mark.targets(dtypes=(torch.float16,))  # the lse has another: none hides behind it
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_and_strides_of_fake_results(target: Target, layout: str):
     outs, lses = parts_and_lses(target, 2, rows=(2, 3, 5), columns=8)

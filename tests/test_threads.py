@@ -72,8 +72,9 @@ def check_workers_of_a_loader(start: str) -> None:
     """After the parent has used its threads, which a fork does not bring along."""
     items = Attention()
     due = [items[i][1:] for i in range(len(items))]
+    workers = 2 if start == "fork" else 1  # each that is spawned imports torch, for seconds
     loader = DataLoader(
-        items, batch_size=None, num_workers=2, multiprocessing_context=start, timeout=120
+        items, batch_size=None, num_workers=workers, multiprocessing_context=start, timeout=120
     )
     for i, (threads, *ours) in enumerate(loader):
         assert threads == 1

@@ -17,6 +17,7 @@
 
 #include "cpu/bias_and_dropout.h"
 #include "cpu/gradient_tile.h"
+#include "cpu/gradient_tiling.h"
 #include "cpu/instruction_set.h"
 #include "cpu/scratch.h"
 
@@ -41,35 +42,9 @@ GradientKernel gradient_kernel(DType dtype) {
   return baseline::gradient_kernel(dtype);
 }
 
-// How the query rows of a kv head fall into sets, and its keys into tiles: by the lengths and the
-// group alone, because sums depend on it.
-struct Tiling {
-  int64_t queries, heads;       // of a set
-  int64_t q_tiles, head_tiles;  // of a kv head
-  int64_t keys;                 // of a tile
-  int64_t key_tiles;
-
-  explicit Tiling(const Shape& s) {
-    constexpr int64_t kBlockRows = 12;  // of the widest kernel, a multiple of the others'
-    q_tiles = ceil_div<int64_t>(s.S_q, QueryRows::kMaxRows);
-    queries = std::min(s.S_q, ceil_div(ceil_div(s.S_q, q_tiles), kBlockRows) * kBlockRows);
-    q_tiles = ceil_div(s.S_q, queries);
-    heads = std::clamp<int64_t>(QueryRows::kMaxRows / queries, 1, s.group());
-    head_tiles = ceil_div(s.group(), heads);
-    // Two at least, unless there are few keys: one head alone then keeps two threads busy.
-    const int64_t most = std::max<int64_t>(ceil_div<int64_t>(s.S_kv, KeyTile::kMaxKeys), 2);
-    keys = ceil_div(ceil_div(s.S_kv, most), kPanelKeys) * kPanelKeys;
-    key_tiles = ceil_div(s.S_kv, keys);
-  }
-  int64_t sets() const { return head_tiles * q_tiles; }  // of a kv head
-
- private:
-  static constexpr int64_t kPanelKeys = 32;  // of the widest kernel, a multiple of the others'
-};
-
 // Where the parts of the workspace begin. `memory` may be null: then only `bytes` is right.
 struct Workspace {
-  Workspace(const BackwardArgs& args, const Tiling& tiling, void* memory) {
+  Workspace(const BackwardArgs& args, const GradientTiling& tiling, void* memory) {
     const Shape& s = args.shape;
     const int64_t rows = s.B * s.H * s.S_q, real = args.dtype == DType::f64 ? 8 : 4;
     const auto take = [&](int64_t part_bytes) {
@@ -111,6 +86,9 @@ class Backward {
   int64_t kv_heads() const { return args_.shape.B * args_.shape.H_kv; }
   int64_t sets() const { return kv_heads() * tiling_.sets(); }
   int64_t tasks() const { return kv_heads() * tiling_.key_tiles; }
+
+  // Whether each set is worked on by one task alone, which then prepares it, too.
+  bool tasks_prepare() const { return tiling_.key_tiles == 1; }
 
   void prepare(int64_t begin, int64_t end) noexcept {
     std::byte* memory = scratch();
@@ -159,7 +137,7 @@ class Backward {
   }
 
   const BackwardArgs& args_;
-  const Tiling tiling_;
+  const GradientTiling tiling_;
   const Workspace workspace_;
   const GradientKernel kernel_;
   const std::size_t scratch_bytes_;
@@ -273,8 +251,11 @@ void Backward::prepare(int64_t set, std::byte* scratch) const {
 void Backward::run(int64_t kv_head, int64_t key_tile_index, DqParts& parts,
                    std::byte* scratch) const {
   const KeyTile keys = key_tile(kv_head, key_tile_index);
-  kernel_.start(keys, scratch);
   const int64_t end = (kv_head + 1) * tiling_.sets();
+  for (int64_t set = kv_head * tiling_.sets(); tasks_prepare() && set < end; ++set) {
+    prepare(set, scratch);
+  }
+  kernel_.start(keys, scratch);
   const auto first_that_sees = [&](int64_t set) {
     for (; set < end; ++set) {
       const KvRange seen = key_tiles_of(set % tiling_.q_tiles);
@@ -321,9 +302,11 @@ KeyTile Backward::key_tile(int64_t kv_head, int64_t index) const {
   tile.sign = args_.scale.sign;
   tile.scale_log2 = args_.scale.log2;
   tile.factor = std::clamp(args_.factor, -largest, largest);
+  tile.dq_keys = static_cast<int32_t>(tiling_.dq_keys);
   tile.wants_dq = args_.dq.data != nullptr;
   tile.wants_ds = tile.wants_dq || tile.dk != nullptr;
-  tile.in_place = QueryTile::multiplied_in_place(s);
+  tile.in_place =
+      QueryTile::multiplied_in_place(s) && !QueryTile::multiplied_in_lanes(s, args_.dtype);
   tile.bias_type = args_.bias.type;
   tile.bias_stride = args_.bias.stride_kv;
   tile.dropout = dropout_state(args_.dropout);
@@ -381,7 +364,7 @@ void Backward::set_row(QueryRows& rows, int row, int64_t b, int64_t h, int64_t q
 }  // namespace
 
 int64_t backward_workspace_bytes(const BackwardArgs& args, const Device&) {
-  return Workspace(args, Tiling(args.shape), nullptr).bytes;
+  return Workspace(args, GradientTiling(args.shape), nullptr).bytes;
 }
 
 Status backward(const BackwardArgs& args, const Launch& launch) {
@@ -392,7 +375,7 @@ Status backward(const BackwardArgs& args, const Launch& launch) {
   const auto work = [](int64_t, int64_t, void* context) {
     static_cast<Backward*>(context)->work();
   };
-  launch.parallel_for(backward.sets(), 1, prepare, &backward);
+  if (!backward.tasks_prepare()) launch.parallel_for(backward.sets(), 1, prepare, &backward);
   if (backward.status() == kOk) launch.parallel_for(backward.tasks(), 1, work, &backward);
   return backward.status();
 }

@@ -55,7 +55,8 @@ class TileBackward : TileScores<Isa, Element> {
       for_each_vector<Lanes>(terms, tile.D, [&](int64_t d, const auto& v) {
         const Vec total = turn.first ? v[1] : v[0] + v[1];
         if (turn.last) {  // (E30)
-          backward.store_scaled(total, static_cast<Element*>(rows.dq[row]) + d, tile.D - d);
+          auto* dq = static_cast<Element*>(rows.dq[row]) + d;
+          store_some<Lanes>(total * Lanes::splat(static_cast<Real>(tile.factor)), dq, tile.D - d);
         } else {
           store_some<Lanes>(total, sum + d, tile.D - d);
         }
@@ -67,18 +68,12 @@ class TileBackward : TileScores<Isa, Element> {
     const TileBackward backward(tile, scratch);
     for (int key = 0; key < backward.keys_; ++key) {
       if (tile.dk != nullptr) {  // (E31)
-        const Real* const sum[] = {backward.dk_row(key)};
         Element* to = static_cast<Element*>(tile.dk) + key * tile.dk_stride;
-        for_each_vector<Lanes>(sum, tile.D, [&](int64_t d, const auto& v) {
-          backward.store_scaled(v[0], to + d, tile.D - d);
-        });
+        store_row(backward.dk_row(key), static_cast<Real>(tile.factor), to, tile.D);
       }
       if (tile.dv != nullptr) {
-        const Real* const sum[] = {backward.dv_row(key)};
         Element* to = static_cast<Element*>(tile.dv) + key * tile.dv_stride;
-        for_each_vector<Lanes>(sum, tile.D_v, [&](int64_t d, const auto& v) {
-          store_some<Lanes>(v[0], to + d, tile.D_v - d);
-        });
+        store_row(backward.dv_row(key), Real(1), to, tile.D_v);
       }
     }
   }
@@ -96,7 +91,7 @@ class TileBackward : TileScores<Isa, Element> {
   using Base::contains, Base::for_each_block, Base::key_row, Base::multiply_scores, Base::overlap;
   using Base::kBlockRows, Base::kBlockVecs, Base::kDepth, Base::kLanes, Base::kPanelKeys,
       Base::kPart;
-  using Base::q_row, Base::seen, Base::smaller;
+  using Base::larger, Base::q_row, Base::seen, Base::smaller;
 
   using Weight = typename Operand::Weight;
   static constexpr int kTileKeys = Memory::kTileKeys;
@@ -130,11 +125,11 @@ class TileBackward : TileScores<Isa, Element> {
     const auto zero = [](auto* numbers, int64_t count) {
       __builtin_memset(numbers, 0, static_cast<std::size_t>(count) * sizeof *numbers);
     };
-    if (tile_.dk != nullptr) zero(memory_.dk, kTileKeys * memory_.D_stride);
-    if (tile_.dv != nullptr) zero(memory_.dv, kTileKeys * memory_.D_v_stride);
     // The last block of keys may reach beyond the last panel.
     const auto round_up = [&](int to) { return (keys_ + to - 1) / to * to; };
     const int begin = round_up(kPanelKeys), end = round_up(kBlockRows);
+    if (tile_.dk != nullptr) zero(memory_.dk, end * memory_.D_stride);
+    if (tile_.dv != nullptr) zero(memory_.dv, end * memory_.D_v_stride);
     for (int step = 0; step < Memory::kRowSteps && begin < end; ++step) {
       zero(memory_.p + step * kStepStride + begin, end - begin);
       zero(memory_.ds + step * kStepStride + begin, end - begin);
@@ -163,14 +158,10 @@ class TileBackward : TileScores<Isa, Element> {
   // What decides of dropout, for the pairs that the rows see.
   void draw(const QueryRows& rows) {
     using Random = DropoutBits<Isa>;
-    constexpr int kGroup = Random::kGroupKeys;
-    static_assert(kTileKeys % kGroup == 0);
+    static_assert(kTileKeys % Random::kGroupKeys == 0);
     for (int row = 0; row < rows.rows; ++row) {
-      const KvRange seen = states_.visible(row);
-      const int begin = seen.begin / kGroup * kGroup;
-      Random::generate(tile_.dropout, rows.head[row], rows.q_idx[row], tile_.keys.begin + begin,
-                       (seen.end - begin + kGroup - 1) / kGroup,
-                       memory_.random + row * kTileKeys + begin);
+      Random::generate(tile_.dropout, rows.head[row], rows.q_idx[row], tile_.keys.begin,
+                       states_.visible(row), memory_.random + row * kTileKeys);
     }
   }
 
@@ -271,25 +262,25 @@ class TileBackward : TileScores<Isa, Element> {
   // (E26) dv += P^T dout
   void add_dv() {
     add_columns(memory_.dv, memory_.D_v_stride, memory_.p, memory_.dout_columns, tile_.D_v);
-    for (int row = 0; row < rows_->rows; ++row) {
-      if (rows_->finite[row] & kFiniteDout) continue;
-      const KvRange seen = states_.visible(row);
-      for (int key = seen.begin; key < seen.end; ++key) {
-        if (is_hidden(row, key)) continue;
-        add_row<Lanes>(dv_row(key), weight(memory_.p, row, key), dout_row(row), tile_.D_v);
-      }
-    }
+    add_others(memory_.dv, memory_.D_v_stride, memory_.p, rows_->dout, kFiniteDout, tile_.D_v);
   }
 
   // (E31) dk += dS^T q, to be scaled at the end
   void add_dk() {
     add_columns(memory_.dk, memory_.D_stride, memory_.ds, memory_.q_columns, tile_.D);
+    add_others(memory_.dk, memory_.D_stride, memory_.ds, rows_->q, kFiniteQ, tile_.D);
+  }
+
+  // The same sums over the rows that are not finite.
+  void add_others(Real* sums, int64_t stride, const Number* weights, const void* const* rows,
+                  uint8_t finite, int64_t D) {
     for (int row = 0; row < rows_->rows; ++row) {
-      if (rows_->finite[row] & kFiniteQ) continue;
+      if (rows_->finite[row] & finite) continue;
+      const auto* elements = static_cast<const Element*>(rows[row]);
       const KvRange seen = states_.visible(row);
       for (int key = seen.begin; key < seen.end; ++key) {
         if (is_hidden(row, key)) continue;
-        add_row<Lanes>(dk_row(key), weight(memory_.ds, row, key), q_row(row), tile_.D);
+        add_row<Lanes>(sums + key * stride, weight(weights, row, key), elements, D);
       }
     }
   }
@@ -321,13 +312,26 @@ class TileBackward : TileScores<Isa, Element> {
             static_cast<int32_t>(steps_of<Operand>(rows.end))};
   }
 
-  // (E30) dq = dS k, to be scaled at the end
+  // (E30) dq = dS k, to be scaled at the end: the same sum, bit by bit, whether its parts are of
+  // one tile or of several.
   void multiply_dq(int slot) {
+    multiply_dq(slot, {0, smaller(tile_.dq_keys, keys_)});
+    for (int begin = tile_.dq_keys; begin < keys_; begin += tile_.dq_keys) {
+      multiply_dq(Memory::kSpareSlot, {begin, smaller(begin + tile_.dq_keys, keys_)});
+      for (int row = 0; row < rows_->rows; ++row) {
+        add_row<Lanes>(dq_row(slot, row), Real(1), dq_row(Memory::kSpareSlot, row), tile_.D);
+      }
+    }
+  }
+
+  void multiply_dq(int slot, KvRange part) {
     for_each_panel<kLanes, kBlockVecs>(tile_.D, [&](auto vecs, int64_t d) {
       constexpr int kVecs = decltype(vecs)::value;
       for_each_block([&]<int kRows>(Block<kRows> block) {
-        const KvRange keys = seen(block).by_some;
-        const int32_t begin = keys.begin < keys.end ? first_step_with<Operand>(keys.begin) : 0;
+        const KvRange some = seen(block).by_some;
+        KvRange keys = {larger(some.begin, part.begin), smaller(some.end, part.end)};
+        if (keys.begin >= keys.end) keys = {};
+        const int32_t begin = first_step_with<Operand>(keys.begin);
         multiply_panel<Operand, kRows, kVecs, kRowStride, 1, false>(
             dq_row(slot, block.row_begin) + d, memory_.D_stride,
             memory_.ds_by_key + block.row_begin * kRowStride + begin,
@@ -335,7 +339,7 @@ class TileBackward : TileScores<Isa, Element> {
             steps_of<Operand>(keys.end) - begin);
       });
     });
-    for (int key = 0; key < keys_; ++key) {
+    for (int key = part.begin; key < part.end; ++key) {
       if (memory_.key_is_finite[key]) continue;
       for (int row = 0; row < rows_->rows; ++row) {
         const KvRange seen = states_.visible(row);
@@ -351,8 +355,10 @@ class TileBackward : TileScores<Isa, Element> {
     return Operand::widen(weights[row % kDepth]);
   }
 
-  void store_scaled(Vec v, Element* to, int64_t elements) const {
-    store_some<Lanes>(v * Lanes::splat(static_cast<Real>(tile_.factor)), to, elements);
+  static void store_row(const Real* row, Real factor, Element* to, int64_t D) {
+    for (int64_t d = 0; d < D; d += kLanes) {
+      store_some<Lanes>(Lanes::load(row + d) * Lanes::splat(factor), to + d, D - d);
+    }
   }
 
   const Element* dout_row(int row) const { return static_cast<const Element*>(rows_->dout[row]); }

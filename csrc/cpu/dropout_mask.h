@@ -32,6 +32,14 @@ class DropoutBits {
     }
   }
 
+  // Those of the groups that hold `keys`, counted from first_key: bits[key] is that of a key.
+  static void generate(const DropoutState& state, uint32_t head, uint32_t q_idx, int32_t first_key,
+                       KvRange keys, uint16_t* bits) {
+    const int32_t begin = keys.begin / kGroupKeys * kGroupKeys;
+    const int groups = (keys.end - begin + kGroupKeys - 1) / kGroupKeys;
+    generate(state, head, q_idx, first_key + begin, groups, bits + begin);
+  }
+
  private:
   static constexpr int kLanes = Isa::kVectorBytes / 8;
   static constexpr int kTogether = kLanes < kGroupCalls ? kLanes : kGroupCalls;
@@ -78,6 +86,19 @@ typename Lanes::Vec kept(typename Lanes::Vec x, const uint16_t* bits, int32_t th
       __builtin_convertvector(halves, typename VectorOf<uint32_t, Lanes::kLanes * 4>::type);
   const auto drawn = __builtin_convertvector(words, typename Lanes::Bits);
   return drawn >= Lanes::splat_bits(threshold) ? x : typename Lanes::Vec{};
+}
+
+// The weights p of `row` become 0 where they are dropped, for `keys` of a tile of kTileKeys from
+// first_key on; the row's sum has taken them in. (E45)
+template <class Isa, class Lanes, int kTileKeys, class Weight>
+void drop_weights(Weight* p, KvRange keys, int32_t first_key, const QueryTile& tile, int row) {
+  using Random = DropoutBits<Isa>;
+  static_assert(kTileKeys % Random::kGroupKeys == 0);
+  uint16_t bits[kTileKeys];
+  Random::generate(tile.dropout, tile.head[row], tile.q_idx[row], first_key, keys, bits);
+  for (int n = keys.begin; n < keys.end; n += Lanes::kLanes) {
+    Lanes::store(kept<Lanes>(Lanes::load(p + n), bits + n, tile.dropout.threshold), p + n);
+  }
 }
 
 }  // namespace online_attention::cpu

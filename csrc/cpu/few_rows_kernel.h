@@ -5,7 +5,7 @@
 #pragma once
 
 #include "core/mask.h"
-#include "cpu/operand.h"
+#include "cpu/micro_kernel.h"
 #include "cpu/rows_ahead.h"
 
 namespace online_attention::cpu {
@@ -92,22 +92,14 @@ struct ValueRows {
   int32_t count;
 };
 
-// sum[row] += p[row][step] * the values of `step`, for kVecs vectors of columns from `d` on.
+// sum[row] += p[row] * the values of one step, where they lie.
 template <class Operand, int kStride, int kRows, int kVecs>
-[[gnu::always_inline]] inline void add_step(
+[[gnu::always_inline]] inline void add_value_step(
     typename Operand::Sums::Vec (&sum)[kRows][kVecs], const typename Operand::Weight* p,
     const typename Operand::Element* const (&rows)[Operand::kDepth]) {
-  using Lanes = typename Operand::Lanes;
-  typename Lanes::Vec value[kVecs];
+  typename Operand::Vec value[kVecs];
   Operand::load_columns(rows, value);
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-    const auto weights = Lanes::splat(Operand::weights(p + row * kStride));
-#pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i) {
-      sum[row][i] = Operand::multiply_add(sum[row][i], weights, value[i]);
-    }
-  }
+  add_step<Operand>(sum, [&](int row) { return Operand::weights(p + row * kStride); }, value);
 }
 
 // out[row] = alpha[row] * out[row] + sum over keys of p[row][key] * v[key], for kVecs vectors of
@@ -132,14 +124,14 @@ void add_some_columns(typename Operand::Real* out, int64_t out_stride,
         rows[i] = v.first + (step * kDepth + i) * v.stride + d;
         ahead.fetch(step * kDepth + i, d, d + kColumns);
       }
-      add_step<Operand, kStride>(sum, p + step * kDepth, rows);
+      add_value_step<Operand, kStride>(sum, p + step * kDepth, rows);
     }
     if (whole == part.end) return;
     for (int i = 0; i < kDepth; ++i) {
       const int32_t key = whole * kDepth + i;
       rows[i] = key < v.count ? v.first + key * v.stride + d : kZeros;
     }
-    add_step<Operand, kStride>(sum, p + whole * kDepth, rows);
+    add_value_step<Operand, kStride>(sum, p + whole * kDepth, rows);
   };
   typename Sums::Vec sum[kRows][kVecs] = {};
   if constexpr (kPart == kStride) {

@@ -209,6 +209,7 @@ QueryTile Forward::query_tile(int64_t index, int64_t part) const {
   const auto first = static_cast<int32_t>(q_begin), last = static_cast<int32_t>(q_end);
   const KvRange of_mask = tiling_.split.part_of(args_.mask.kv_range(first, last), part);
   tile.in_place = QueryTile::multiplied_in_place(s);
+  tile.in_lanes = QueryTile::multiplied_in_lanes(s, args_.dtype);
   tile.all_rows_see = of_mask;
   tile.some_row_sees = {of_mask.end, of_mask.begin};
   for (int row = 0; row < tile.rows; ++row) {

@@ -8,8 +8,8 @@
 #pragma once
 
 #include "cpu/dropout_mask.h"
-#include "cpu/few_rows_kernel.h"
 #include "cpu/micro_kernel.h"
+#include "cpu/queries_in_lanes.h"
 #include "cpu/query_tile.h"
 #include "cpu/row_block.h"
 #include "cpu/row_results.h"
@@ -34,6 +34,7 @@ class TileForward {
       if constexpr (!kInPlace) forward.pack_keys(keys);
       forward.take_values(keys);
       if constexpr (!kInPlace) forward.ahead_.begin(tile, forward.tile_after(keys), kTileKeys);
+      if constexpr (kMayUseLanes) forward.in_lanes_.multiply(keys);
       forward.values_of_tile_ = Values::unknown;
       forward.for_each_block([&]<int kRows>(Block<kRows> block) { forward.add(block, keys); });
     }
@@ -71,6 +72,9 @@ class TileForward {
   // Where products take steps of values together, all of these have scores.
   static constexpr bool kHalfPanels = Operand::kStepsTogether == 1;
 
+  using InLanes = QueriesInLanes<Isa, Operand, kTileKeys, kPart>;
+  static constexpr bool kMayUseLanes = kInPlace && InLanes::kExist;
+
   template <int kRows>
   using Block = RowBlock<kRows>;
 
@@ -83,7 +87,8 @@ class TileForward {
         out_(reinterpret_cast<Real*>(scratch)),
         q_(reinterpret_cast<Number*>(out_ + out_reals(tile.D_v))),
         k_(q_ + query_numbers(tile.D)),
-        packed_v_(k_ + key_numbers(tile.D)) {}
+        packed_v_(k_ + key_numbers(tile.D)),
+        in_lanes_(tile, q_) {}
 
   template <class Visit>
   void for_each_block(Visit visit) const {
@@ -95,15 +100,17 @@ class TileForward {
     const auto row = [&](int i) {
       return static_cast<const Element*>(tile_.q[block.row_begin + i]);
     };
-    if constexpr (kInPlace) {
+    if constexpr (!kInPlace) {
+      pack_chunks<Operand, kRows>(q_ + block.row_begin * q_stride(), tile_.D, block.rows, row);
+    } else if (!in_lanes()) {
       pack_in_rows<Operand>(q_ + block.row_begin * q_stride(), q_stride(), tile_.D, kRows,
                             [&](int i) { return row(smaller(i, block.rows - 1)); });
-    } else {
-      pack_chunks<Operand, kRows>(q_ + block.row_begin * q_stride(), tile_.D, block.rows, row);
     }
     Real* out = out_row(block.row_begin);
     for (int64_t i = 0; i < kRows * out_stride_; ++i) out[i] = 0;
   }
+
+  bool in_lanes() const { return kMayUseLanes && tile_.in_lanes; }
 
   void pack_keys(KvRange keys) {
     Number* panel = k_;
@@ -167,10 +174,12 @@ class TileForward {
     if (seen.by_some.begin >= seen.by_some.end ||
         bias_.hides_all(tile_.bias + block.row_begin, block.rows, seen.by_some))
       return;
-    alignas(64) Real scores[kRows * kTileKeys];
+    alignas(64) Real own_scores[kRows * kTileKeys];
+    Real* const scores = in_lanes() ? in_lanes_.scores(block.row_begin) : own_scores;
     alignas(64) Real alpha[kWholeVectors<Lanes, kRows>];
     const KvRange panels = multiply(block, scores, seen.by_some, keys);
-    if (bias_.exists() || !contains(seen.by_all, from_key(keys.begin, panels))) {
+    if (bias_.exists() ||
+        !contains(seen.by_all, {keys.begin + panels.begin, keys.begin + panels.end})) {
       hide(block, scores, cut_by_mask(seen, panels, keys.begin), keys.begin);
     }
     weigh_rows<Isa, Operand, kRows, kTileKeys>(softmax_, block.row_begin, scores, alpha, panels,
@@ -178,7 +187,8 @@ class TileForward {
                                                  if constexpr (!kInPlace) ahead_.fetch_values();
                                                });
     for (int i = 0; tile_.dropout.exists && i < block.rows; ++i) {
-      drop(scores + i * kTileKeys, panels, block.row_begin + i, keys.begin);
+      drop_weights<Isa, Lanes, kTileKeys>(weights_of(scores + i * kTileKeys), panels, keys.begin,
+                                          tile_, block.row_begin + i);
     }
     const KvRange steps = steps_that_hold(seen.by_some, keys);
     const KvRange touched = keys_of(steps, keys);
@@ -203,10 +213,6 @@ class TileForward {
     return seen;
   }
 
-  static KvRange from_key(int32_t first_key, KvRange range) {
-    return {first_key + range.begin, first_key + range.end};
-  }
-
   static bool contains(KvRange outer, KvRange inner) {
     return outer.begin <= inner.begin && inner.end <= outer.end;
   }
@@ -225,13 +231,15 @@ class TileForward {
     const int32_t count = wanted.end - keys.begin;
     if constexpr (kInPlace) {
       const int32_t begin = (wanted.begin - keys.begin) / kLanes * kLanes;
+      const KvRange vectors = {begin, static_cast<int32_t>(whole_vectors(count))};
+      if (in_lanes()) return vectors;
       const int32_t first = keys.begin + begin;
       const auto* k = static_cast<const Element*>(tile_.k) + first * tile_.k_stride;
       const auto key = [&](int i) { return k + i * tile_.k_stride; };
       dot_queries_keys<Isa, Operand, kRows, kTileKeys>(
           scores + begin, q_ + block.row_begin * q_stride(), q_stride(), tile_.D, count - begin,
           key, sign, rows_ahead(block, tile_.v, tile_.v_stride, tile_.D_v, {first, wanted.end}));
-      return {begin, static_cast<int32_t>(whole_vectors(count))};
+      return vectors;
     }
     const Number* q = q_ + block.row_begin * q_stride();
     const int32_t begin = (wanted.begin - keys.begin) / kPanelKeys * kPanelKeys;
@@ -270,21 +278,6 @@ class TileForward {
   }
 
   const void* bias_row(int row) const { return bias_.exists() ? tile_.bias[row] : nullptr; }
-
-  // Weights of one row become 0 where they are dropped; the sum has taken them in. (E45)
-  void drop(Real* s, KvRange panels, int row, int32_t first_key) const {
-    using Random = DropoutBits<Isa>;
-    static_assert(kTileKeys % Random::kGroupKeys == 0);
-    uint16_t bits[kTileKeys];
-    const int begin = panels.begin / Random::kGroupKeys * Random::kGroupKeys;
-    Random::generate(tile_.dropout, tile_.head[row], tile_.q_idx[row], first_key + begin,
-                     (panels.end - begin + Random::kGroupKeys - 1) / Random::kGroupKeys,
-                     bits + begin);
-    Weight* p = weights_of(s);
-    for (int n = panels.begin; n < panels.end; n += kLanes) {
-      Lanes::store(kept<Lanes>(Lanes::load(p + n), bits + n, tile_.dropout.threshold), p + n);
-    }
-  }
 
   static Weight* weights_of(Real* scores) { return reinterpret_cast<Weight*>(scores); }
 
@@ -393,6 +386,7 @@ class TileForward {
   TileAhead<Element> ahead_;
   Values values_of_tile_ = Values::unknown;
   SoftmaxRows<Lanes, Real, QueryTile::kMaxRows, kBlockRows> softmax_;
+  InLanes in_lanes_;
 };
 
 }  // namespace online_attention::cpu

@@ -55,14 +55,7 @@ void multiply_panel(typename Operand::Real* out, int64_t out_stride,
     typename Lanes::Vec right[kVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < kVecs; ++i) right[i] = Lanes::load(b + i * Lanes::kLanes);
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const auto left = Lanes::splat(a[row * kRowStride]);
-#pragma GCC unroll 16
-      for (int i = 0; i < kVecs; ++i) {
-        sum[row][i] = Operand::multiply_add(sum[row][i], left, right[i]);
-      }
-    }
+    add_step<Operand>(sum, [&](int row) { return a[row * kRowStride]; }, right);
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {

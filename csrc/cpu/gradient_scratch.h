@@ -21,6 +21,8 @@ struct GradientScratch {
   static constexpr int kStepStride = kTileKeys + 64 / static_cast<int>(sizeof(Number));
   static constexpr int kRowStride = kStepStride / kDepth;  // between two rows of dS by keys
 
+  static constexpr int kSpareSlot = GradientKernel::kSlots;  // for what is added to another
+
   // `memory` may be null: then only `bytes` is right.
   GradientScratch(int64_t D, int64_t D_v, std::byte* memory)
       : D_steps(steps_of<Operand>(D)),
@@ -38,7 +40,7 @@ struct GradientScratch {
     p = take<Number>(memory, kRowSteps * kStepStride);
     ds = take<Number>(memory, kRowSteps * kStepStride);
     ds_by_key = kDepth == 1 ? ds : take<Number>(memory, kTileRows * kRowStride);
-    dq = take<Real>(memory, GradientKernel::kSlots * kTileRows * D_stride);
+    dq = take<Real>(memory, (kSpareSlot + 1) * kTileRows * D_stride);
     dk = take<Real>(memory, kTileKeys * D_stride);
     dv = take<Real>(memory, kTileKeys * D_v_stride);
     random = take<uint16_t>(memory, kTileRows * kTileKeys);
@@ -60,7 +62,7 @@ struct GradientScratch {
   Number* p;             // [row steps][kStepStride], a column for each key
   Number* ds;            // likewise
   Number* ds_by_key;     // [rows][kRowStride], a column for each key step
-  Real* dq;              // [slots][rows][D_stride], of this key tile
+  Real* dq;              // [slots][rows][D_stride], of a key tile
   Real* dk;              // [keys][D_stride]
   Real* dv;              // [keys][D_v_stride]
   uint16_t* random;      // [rows][kTileKeys], what decides of dropout

@@ -20,9 +20,10 @@ struct KeyTile {
   int64_t D = 0, D_v = 0;
   double sign = 1, scale_log2 = 1;  // of ScoreScale
   double factor = 1;                // of BackwardArgs
+  int32_t dq_keys = kMaxKeys;       // dq is summed in parts of so many keys, from the first on
   bool wants_dq = false;
   bool wants_ds = false;  // for dq or dk
-  bool in_place = false;  // QueryTile::multiplied_in_place
+  bool in_place = false;  // as QueryTile, less what is multiplied in lanes
 
   BiasType bias_type = BiasType::none;
   int64_t bias_stride = 0;  // elements between two keys

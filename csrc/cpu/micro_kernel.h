@@ -132,6 +132,21 @@ bool all_finite(const Element* row, int64_t D) {
   return all_finite<Lanes>(row, 1, 0, D);
 }
 
+// sum[row] += left(row) * right, kVecs vectors for each of kRows broadcast numbers.
+template <class Operand, int kRows, int kVecs, class Left>
+[[gnu::always_inline]] inline void add_step(typename Operand::Sums::Vec (&sum)[kRows][kVecs],
+                                            Left left,
+                                            const typename Operand::Vec (&right)[kVecs]) {
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+    const auto factor = Operand::Lanes::splat(left(row));
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) {
+      sum[row][i] = Operand::multiply_add(sum[row][i], factor, right[i]);
+    }
+  }
+}
+
 // scores[row][column] = sign * <q_row, k_column> for kVecs vectors of columns, for q in chunks and
 // k [steps][kColumns] as packed above; scores has rows of kStride numbers. Each is summed in parts
 // of kPart steps, to keep rounding errors small.
@@ -154,14 +169,7 @@ void multiply_queries_keys(typename Operand::Real* scores, const typename Operan
         typename Lanes::Vec key[kVecs];
 #pragma GCC unroll 16
         for (int i = 0; i < kVecs; ++i) key[i] = Lanes::load(k + i * kLanes);
-#pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) {
-          const auto query = Lanes::splat(left[row * kLanes]);
-#pragma GCC unroll 16
-          for (int i = 0; i < kVecs; ++i) {
-            sum[row][i] = Operand::multiply_add(sum[row][i], query, key[i]);
-          }
-        }
+        add_step<Operand>(sum, [&](int row) { return left[row * kLanes]; }, key);
       }
     }
 #pragma GCC unroll 16
@@ -190,14 +198,7 @@ template <class Operand, int kStride, int kRows, int kVecs>
     typename Lanes::Vec value[kVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < kVecs; ++i) value[i] = Lanes::load(v + i * Lanes::kLanes);
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const auto weights = Lanes::splat(Operand::weights(p + row * kStride));
-#pragma GCC unroll 16
-      for (int i = 0; i < kVecs; ++i) {
-        sum[row][i] = Operand::multiply_add(sum[row][i], weights, value[i]);
-      }
-    }
+    add_step<Operand>(sum, [&](int row) { return Operand::weights(p + row * kStride); }, value);
   }
 }
 

@@ -47,9 +47,16 @@ struct QueryTile {
   static bool multiplied_in_place(const Shape& s) {
     return s.S_q * s.group() <= kFewRows || s.S_kv <= kFewKeys;
   }
+  // From so many rows on, those of wide elements fill lanes of their own, and sums are those of
+  // packed keys, bit by bit.
+  static bool multiplied_in_lanes(const Shape& s, DType dtype) {
+    const int64_t rows = s.S_q * s.group();
+    return kFewRows / 2 < rows && rows <= kFewRows && s.S_kv > kFewKeys && element_bytes(dtype) > 2;
+  }
 
   int rows = 0;
   bool in_place = false;       // by the lengths of the whole kv head alone
+  bool in_lanes = false;       // only in place; likewise, and by the type of the elements
   const void* q[kMaxRows];     // [rows][D]
   bool is_part = false;        // out and lse are those of a RowPart
   void* out[kMaxRows];         // [rows][D_v]
