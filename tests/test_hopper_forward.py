@@ -36,11 +36,11 @@ PACKED = [
 ]
 SPLIT = [
     Case("split-full", 128, 4100, D=128, H=1),
-    Case("split-causal", 1024, 1024, D=128, H=2, mask=CAUSAL),
+    Case("split-causal", 512, 2048, D=128, H=2, mask=CAUSAL),
     Case("split-top-left", 200, 3000, D=64, H=1, mask=CAUSAL_TOP_LEFT),  # parts without keys
     Case("split-window", 500, 2500, D=256, H=1, mask=Mask(left=700, right=0)),
     Case("split-packed", 16, 5000, D=128, H=8, H_kv=1, mask=CAUSAL),
-    Case("split-empty-rows", 700, 520, D=192, D_v=128, H=1, mask=CAUSAL),
+    Case("split-empty-rows", 2000, 1600, D=192, D_v=128, H=1, mask=CAUSAL),
 ]
 SHAPES = [  # of tiles: short and long, masked and not
     Case("short-causal", 512, 512, D=64, H=4, mask=CAUSAL),

@@ -11,6 +11,7 @@ from hypothesis import given
 from test_tile_plan import SMALL, Call
 
 CAUSAL = {"right": 0, "D": 128, "multiprocessors": 132}
+FULL = CAUSAL | {"right": 2**31 - 1}
 COUNTER_BYTES = 256
 
 
@@ -23,7 +24,7 @@ def planned(whitebox: ModuleType, call: Call):
     [
         (Call(H_kv=16, S_q=1024, S_kv=1024, **CAUSAL), False),  # 128 tiles for 132 blocks
         (Call(H_kv=17, S_q=1024, S_kv=1024, **CAUSAL), True),  # 136
-        (Call(H_kv=17, S_q=1024, S_kv=1024, **CAUSAL | {"right": 2**31 - 1}), False),  # no mask
+        (Call(H_kv=17, S_q=1024, S_kv=1024, **FULL), False),  # no mask
     ],
 )
 def test_tiles_are_counted_where_they_differ_and_blocks_take_several(
@@ -33,6 +34,21 @@ def test_tiles_are_counted_where_they_differ_and_blocks_take_several(
     assert plan.tiles.splits == 1
     assert plan.counts == counts
     assert plan.workspace_bytes(call.args(whitebox)) == COUNTER_BYTES * counts
+
+
+@pytest.mark.parametrize(
+    ("call", "splits"),
+    [
+        (Call(H_kv=8, S_q=1024, S_kv=1024, **FULL), 1),  # 64 tiles: a split would spare 4 key tiles
+        (Call(H_kv=8, S_q=1024, S_kv=2048, **FULL), 2),  # 8
+        (Call(H_kv=1, S_q=1024, S_kv=1024, **FULL), 1),  # a split has four key tiles or more
+        (Call(H_kv=1, S_q=128, S_kv=8192, **FULL), 16),
+    ],
+)
+def test_keys_are_split_where_that_spares_more_than_the_merge_costs(
+    whitebox: ModuleType, call: Call, splits: int
+):
+    assert planned(whitebox, call).tiles.splits == splits
 
 
 @given(call=SMALL)

@@ -43,7 +43,8 @@ int32_t wanted_splits(const ForwardArgs& args, const TilePlan& plan, const TileS
   }
   const int64_t slots = int64_t{multiprocessors} * tile.blocks_per_sm;
   const int64_t blocks = plan.tiles();  // splits is still 1
-  return static_cast<int32_t>(std::clamp<int64_t>(slots / blocks, 1, most));
+  const auto splits = static_cast<int32_t>(std::clamp<int64_t>(slots / blocks, 1, most));
+  return kv_tiles - ceil_div(kv_tiles, splits) < tile.merge_tiles ? 1 : splits;
 }
 
 }  // namespace

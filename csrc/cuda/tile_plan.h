@@ -118,6 +118,7 @@ struct TileShape {
   int32_t blocks_per_sm;  // resident at once
   bool packs = true;      // several heads' rows in one tile
   bool splits = true;     // one row's keys over several blocks
+  int merge_tiles = 0;    // what merging splits costs, in key tiles
 };
 
 // Chooses packing, splits and order. Depends on lengths alone if args.batch_invariant. Callers keep
