@@ -185,7 +185,7 @@ HOPPER_FORWARD_PRODUCTS = {
     "96": forward_products(96, 128, chained=True) + forward_products(96, 96, chained=False),
     "128": forward_products(128, 128, chained=True) + forward_products(128, 80, chained=True),
     "192_128": forward_products(192, 128, chained=False),
-    "192": forward_products(192, 112, chained=False),
+    "192": forward_products(192, 80, chained=True),
     "256": forward_products(256, 80, chained=False),
 }
 

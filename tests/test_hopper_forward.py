@@ -57,6 +57,7 @@ CHAINED = [  # more query tiles than blocks on a device of 132: a block goes fro
     Case("chained-packed", 64, 400, D=128, H=64, H_kv=32, B=6, mask=CAUSAL),
     Case("chained-tall", 2100, 2100, D=64, H=14, mask=CAUSAL),
     Case("chained-tall-full", 600, 2100, D=128, H=40),
+    Case("chained-192", 330, 330, D=192, H=24, B=3, mask=CAUSAL),
     Case("chained-wide", 260, 260, D=256, H=32, B=2, mask=CAUSAL),
 ]
 SAFETY = [

@@ -328,19 +328,21 @@ int bench(const char* only) {
           const Variant& variant = kVariants[v];
           if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
           const int D = variant.config.head_dim;
-          if (variant.config.value_dim != D) continue;
+          const int D_v = variant.config.value_dim;
           if (variant.causal != 2 && variant.causal != causal) continue;
           const int64_t B = 16384 / S, H = 2048 / D;
           ForwardArgs a;
           a.dtype = DType::bf16;
-          a.shape = {B, H, H, S, S, D, D};
+          a.shape = {B, H, H, S, S, D, D_v};
           for (auto [view, p] : {std::pair{&a.q, 0}, {&a.k, 1}, {&a.v, 2}, {&a.out, 3}})
-            *view = {tensors[p], S * H * D, D, H * D};
+            *view = p < 2 ? View{tensors[p], S * H * D, D, H * D}
+                          : View{tensors[p], S * H * D_v, D_v, H * D_v};
           a.lse = lse;
           a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
           a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
           const double us = time_us(variant, a, flush, flush_bytes, S >= 8192 ? 5 : 11);
-          speeds[v][causal][l].push_back(4e-6 * B * H * double(S) * S * D / (causal ? 2 : 1) / us);
+          speeds[v][causal][l].push_back(2e-6 * B * H * double(S) * S * (D + D_v) /
+                                         (causal ? 2 : 1) / us);
         }
       }
     }

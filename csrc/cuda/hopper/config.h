@@ -105,7 +105,7 @@ inline constexpr ForwardConfig kForward<192, 128, 128> = {
     .head_dim = 192, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 1};
 template <>
 inline constexpr ForwardConfig kForward<192, 192, 128> = {
-    .head_dim = 192, .value_dim = 192, .tile_n = 112, .consumers = 2, .stages = 2, .q_stages = 1};
+    .head_dim = 192, .value_dim = 192, .tile_n = 80, .consumers = 2, .stages = 2, .q_stages = 2};
 template <>
 inline constexpr ForwardConfig kForward<256, 256, 128> = {
     .head_dim = 256, .value_dim = 256, .tile_n = 80, .consumers = 2, .stages = 2, .q_stages = 1};
