@@ -9,8 +9,9 @@
 //   1 ..     consumers: scores, softmax and outputs of their own rows, in registers (Consumer).
 //
 // Shared memory: q_stages query tiles, stages tiles of keys, stages of values, each in boxes of 64
-// columns (128 bytes a row, swizzled); barriers; a Tile for each query tile and one more, because
-// outputs are stored after the queries have been given back.
+// columns (128 bytes a row, swizzled); barriers; a Tile for each query tile and two more, because
+// outputs are stored after the queries have been given back, and chained ones after those of the
+// next query tile, if that has but one key tile.
 //
 // Barriers (mbarrier, one for each stage):
 //   q_full     loader, and its bytes     -> consumers, inspectors: the query tile and its Tile
