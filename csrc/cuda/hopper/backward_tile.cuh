@@ -13,8 +13,6 @@
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/stmatrix.cuh"
-#include "cuda/ptx/wgmma_rs_rows.cuh"
-#include "cuda/ptx/wgmma_ss_mn.cuh"
 
 namespace online_attention::cuda::hopper {
 
@@ -60,8 +58,8 @@ struct BackwardTile : WarpgroupThread {
 #pragma unroll
     for (int step = 0; step < kConfig.head_dim / 16; ++step) {
       const int box = step / 4, in_box = step % 4 * 2;
-      ptx::wgmma_rs_rows<Element>(acc, v + 4 * step,
-                                  b + box * (kConfig.q_box_bytes() / 16) + in_box, step != 0);
+      ptx::wgmma_rs<Element, ptx::Major::k>(
+          acc, v + 4 * step, b + box * (kConfig.q_box_bytes() / 16) + in_box, step != 0);
     }
     ptx::wgmma_commit();
   }
@@ -81,8 +79,9 @@ struct BackwardTile : WarpgroupThread {
 #pragma unroll
     for (int step = 0; step < BackwardConfig::kTileN / 16; ++step) {
       const int box = step / 4, in_box = step % 4 * 2;
-      ptx::wgmma_ss_mn<Element>(acc, a + step * (16 * kRowBytes / 16),
-                                b + box * (kConfig.q_box_bytes() / 16) + in_box, step != 0);
+      ptx::wgmma_ss<Element, ptx::Major::mn, ptx::Major::k>(
+          acc, a + step * (16 * kRowBytes / 16), b + box * (kConfig.q_box_bytes() / 16) + in_box,
+          step != 0);
     }
     ptx::wgmma_commit();
   }

@@ -50,8 +50,8 @@ __device__ __forceinline__ void start_rows_by_rows(float (&d)[kSize], uint32_t a
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
     const int box = step / 4, in_box = step % 4 * 2;  // in units of 16 bytes
-    ptx::wgmma_ss<Element>(d, a_tile + box * (kBoxA / 16) + in_box,
-                           b_tile + box * (kBoxB / 16) + in_box, step != 0);
+    ptx::wgmma_ss<Element, ptx::Major::k, ptx::Major::k>(
+        d, a_tile + box * (kBoxA / 16) + in_box, b_tile + box * (kBoxB / 16) + in_box, step != 0);
   }
   ptx::wgmma_commit();
 }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void start_registers_by_columns(float (&d)[kSize], ui
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
-    ptx::wgmma_rs<Element>(d, a + 4 * step, b_tile + step * (16 * 128 / 16), true);
+    ptx::wgmma_rs<Element, ptx::Major::mn>(d, a + 4 * step, b_tile + step * (16 * 128 / 16), true);
   }
   ptx::wgmma_commit();
 }

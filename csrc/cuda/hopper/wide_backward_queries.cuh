@@ -6,7 +6,6 @@
 #include "cuda/hopper/wide_backward_loader.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/global.cuh"
-#include "cuda/ptx/wgmma_ss_columns.cuh"
 
 namespace online_attention::cuda::hopper {
 
@@ -31,8 +30,8 @@ struct WideBackwardQueries : WarpgroupThread {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < WideBackwardConfig::kTileN / 16; ++step) {
-      ptx::wgmma_ss_columns<Element>(dq, a + 2 * step, b + step * (16 * 128 / 16),
-                                     step != 0 || accumulate);
+      ptx::wgmma_ss<Element, ptx::Major::k, ptx::Major::mn>(
+          dq, a + 2 * step, b + step * (16 * 128 / 16), step != 0 || accumulate);
     }
     ptx::wgmma_commit();
   }

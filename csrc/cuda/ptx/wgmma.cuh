@@ -25,6 +25,10 @@ struct WgmmaType<__nv_bfloat16> {
   static constexpr const char name[] = ".bf16";
 };
 
+// Along which of its dimensions an operand's elements lie side by side: the one that is summed over
+// (k), so that A's rows and B's columns are rows of the tile, or the other (mn).
+enum class Major { k, mn };
+
 // wgmma.fence.sync.aligned (PTX 8.0, sm_90a): orders this warpgroup's register accesses before the
 // products that follow.
 __device__ __forceinline__ void wgmma_fence() {

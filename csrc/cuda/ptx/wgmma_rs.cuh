@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // D[64, N] = A B + D (D = A B unless `accumulate`), A [64, 16] in four registers a thread, B [16,
 // N] in shared memory, described by smem_descriptor. All 128 threads of a warpgroup; asynchronous,
-// see wgmma.cuh. One function for each N, told apart by the accumulators: N / 2 registers a thread.
+// see wgmma.cuh, which has Major too. One function for each N, told apart by the accumulators: N /
+// 2 registers a thread.
 #pragma once
 
 #include "cuda/ptx/wgmma.cuh"
 
 namespace online_attention::cuda::ptx {
 
-// wgmma.mma_async.sync.aligned.m64n64k16.f32, A in registers, B in shared memory, MN-major.
-template <typename Element>
+// wgmma.mma_async.sync.aligned.m64n64k16.f32, A in registers, B in shared memory.
+template <typename Element, Major kMajorB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t* a, uint64_t b,
                                          int accumulate) {
   asm volatile(
@@ -17,18 +18,18 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t* a, uint
       "wgmma.mma_async.sync.aligned.m64n64k16.f32%38%38 {"
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
       "%25,%26,%27,%28,%29,%30,%31"
-      "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;}"
+      "}, {%32,%33,%34,%35}, %36, p, 1, 1, %39;}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-        "C"(WgmmaType<Element>::name));
+        "C"(WgmmaType<Element>::name), "n"(static_cast<int>(kMajorB)));
 }
 
-// wgmma.mma_async.sync.aligned.m64n96k16.f32, A in registers, B in shared memory, MN-major.
-template <typename Element>
+// wgmma.mma_async.sync.aligned.m64n96k16.f32, A in registers, B in shared memory.
+template <typename Element, Major kMajorB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[48], const uint32_t* a, uint64_t b,
                                          int accumulate) {
   asm volatile(
@@ -36,7 +37,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[48], const uint32_t* a, uint
       "wgmma.mma_async.sync.aligned.m64n96k16.f32%54%54 {"
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
       "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-      "}, {%48,%49,%50,%51}, %52, p, 1, 1, 1;}"
+      "}, {%48,%49,%50,%51}, %52, p, 1, 1, %55;}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
@@ -45,11 +46,11 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[48], const uint32_t* a, uint
         "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
         "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-        "C"(WgmmaType<Element>::name));
+        "C"(WgmmaType<Element>::name), "n"(static_cast<int>(kMajorB)));
 }
 
-// wgmma.mma_async.sync.aligned.m64n128k16.f32, A in registers, B in shared memory, MN-major.
-template <typename Element>
+// wgmma.mma_async.sync.aligned.m64n128k16.f32, A in registers, B in shared memory.
+template <typename Element, Major kMajorB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t* a, uint64_t b,
                                          int accumulate) {
   asm volatile(
@@ -58,7 +59,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t* a, uint
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
       "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;}"
+      "}, {%64,%65,%66,%67}, %68, p, 1, 1, %71;}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
@@ -70,11 +71,11 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t* a, uint
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-        "C"(WgmmaType<Element>::name));
+        "C"(WgmmaType<Element>::name), "n"(static_cast<int>(kMajorB)));
 }
 
-// wgmma.mma_async.sync.aligned.m64n192k16.f32, A in registers, B in shared memory, MN-major.
-template <typename Element>
+// wgmma.mma_async.sync.aligned.m64n192k16.f32, A in registers, B in shared memory.
+template <typename Element, Major kMajorB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[96], const uint32_t* a, uint64_t b,
                                          int accumulate) {
   asm volatile(
@@ -85,7 +86,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[96], const uint32_t* a, uint
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,"
       "%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,"
       "%94,%95"
-      "}, {%96,%97,%98,%99}, %100, p, 1, 1, 1;}"
+      "}, {%96,%97,%98,%99}, %100, p, 1, 1, %103;}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
@@ -101,11 +102,11 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[96], const uint32_t* a, uint
         "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]),
         "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-        "C"(WgmmaType<Element>::name));
+        "C"(WgmmaType<Element>::name), "n"(static_cast<int>(kMajorB)));
 }
 
-// wgmma.mma_async.sync.aligned.m64n256k16.f32, A in registers, B in shared memory, MN-major.
-template <typename Element>
+// wgmma.mma_async.sync.aligned.m64n256k16.f32, A in registers, B in shared memory.
+template <typename Element, Major kMajorB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[128], const uint32_t* a, uint64_t b,
                                          int accumulate) {
   asm volatile(
@@ -117,7 +118,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[128], const uint32_t* a, uin
       "%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,"
       "%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,"
       "%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-      "}, {%128,%129,%130,%131}, %132, p, 1, 1, 1;}"
+      "}, {%128,%129,%130,%131}, %132, p, 1, 1, %135;}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
@@ -138,7 +139,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[128], const uint32_t* a, uin
         "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),
         "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
-        "C"(WgmmaType<Element>::name));
+        "C"(WgmmaType<Element>::name), "n"(static_cast<int>(kMajorB)));
 }
 
 }  // namespace online_attention::cuda::ptx
