@@ -30,15 +30,18 @@ struct Consumer {
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
 
-  __device__ __forceinline__ int q_stage() const {
-    return static_cast<int>(opened % kConfig.q_stages);
+  // The place of the i-th query tile, and of its Tile.
+  __device__ __forceinline__ static int q_stage_of(uint32_t i) {
+    return static_cast<int>(i % kConfig.q_stages);
   }
-  __device__ __forceinline__ uint32_t queries_phase() const {
-    return opened / kConfig.q_stages % 2;
+  __device__ __forceinline__ const Tile& tile_of(uint32_t i) const {
+    return smem.tile(static_cast<int>(i % kConfig.tile_stages()));
   }
-  __device__ __forceinline__ const Tile& tile() const {
-    return smem.tile(static_cast<int>(opened % kConfig.tile_stages()));
+  __device__ __forceinline__ void wait_queries(uint32_t i) const {
+    wait(smem.q_full(q_stage_of(i)), i / kConfig.q_stages % 2);
   }
+  __device__ __forceinline__ int q_stage() const { return q_stage_of(opened); }
+  __device__ __forceinline__ const Tile& tile() const { return tile_of(opened); }
 
   // The place of the i-th key tile, keys and values alike.
   __device__ __forceinline__ static int stage_of(uint32_t i) {
@@ -187,10 +190,9 @@ struct Consumer {
   // them to meet before each product and moves descriptors there one by one.
   __device__ __forceinline__ bool has_next() const {
     if (!kConfig.chained() || nonfinite || call.plan.splits > 1) return false;
-    const uint32_t next = opened + 1;
-    wait(smem.q_full(static_cast<int>(next % kConfig.q_stages)), next / kConfig.q_stages % 2);
-    const Tile& tile = smem.tile(static_cast<int>(next % kConfig.tile_stages()));
-    return tile.row_begin >= 0 && tile.kv_blocks > 0;
+    wait_queries(opened + 1);
+    const Tile& next = tile_of(opened + 1);
+    return next.row_begin >= 0 && next.kv_blocks > 0;
   }
 
   // The last O += P V of a query tile, with nothing beside it.
@@ -246,7 +248,7 @@ struct Consumer {
 
   __device__ __forceinline__ void run() {
     for (;; ++opened) {
-      wait(smem.q_full(q_stage()), queries_phase());
+      wait_queries(opened);
       if (tile().row_begin < 0) return;
       if (tile().kv_blocks > 0) {
         begin_rows();
@@ -277,10 +279,10 @@ struct Consumer {
     return {h, q_idx, (int64_t{tile.b} * shape.H + h) * shape.S_q + q_idx, q_idx < call.last_query};
   }
 
-  // What the outputs are to be multiplied by; writes the rows' lse, or what combine needs.
   struct RowFactors {
     float of[2];
   };
+  // What the outputs are to be multiplied by; writes the rows' lse.
   __device__ __forceinline__ RowFactors finish_states(const Tile& tile,
                                                       const SoftmaxRow<float> (&softmax)[2]) const {
     RowFactors factors;
