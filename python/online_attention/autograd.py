@@ -11,14 +11,7 @@ from torch._compile import _disable_dynamo  # torch.compiler's imports Dynamo at
 from torch.autograd import Function, forward_ad
 
 from . import operators
-from .derivatives import (
-    apply,
-    derivative_of_gradients_may_be_asked,
-    first_order,
-    forward_mode,
-    mapped_rule,
-    transforms_are_on,
-)
+from .derivatives import apply, first_order, forward_mode, mapped_rule, transforms_are_on
 
 Optional = Tensor | None
 
@@ -113,39 +106,9 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, dout: Optional, dlse: Optional) -> tuple[Optional, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        needs_dq, needs_dk, needs_dv, *_ = ctx.needs_input_grad
-        deterministic = ctx.deterministic
-        if not (dout is None or derivative_of_gradients_may_be_asked()):
-            # Most calls, apart from the others so that they do not pay for them.
-            if deterministic is None:
-                deterministic = torch.are_deterministic_algorithms_enabled()
-            dq, dk, dv = operators.backward(
-                dout,
-                dlse,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                *ctx.settings[:4],
-                deterministic,
-                needs_dq,
-                needs_dk,
-                needs_dv,
-            )
-            return (
-                dq if needs_dq else None,
-                dk if needs_dk else None,
-                dv if needs_dv else None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        inputs, needs = (q, k, v, None, None), (needs_dq, needs_dk, needs_dv, False)
+        inputs, needs = (q, k, v, None, None), (*ctx.needs_input_grad[:3], False)
         dq, dk, dv, _ = first_order(
-            dout, dlse, inputs, (out, lse), ctx.settings, deterministic, needs
+            dout, dlse, inputs, (out, lse), ctx.settings, ctx.deterministic, needs
         )
         return dq, dk, dv, None, None, None, None, None
 

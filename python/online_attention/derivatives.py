@@ -35,11 +35,6 @@ def transforms_are_on() -> bool:
 transforms_are_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def derivative_of_gradients_may_be_asked() -> bool:
-    """Whether what a backward pass computes may be differentiated once more."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_are_on()
-
-
 @_disable_dynamo  # Dynamo would lose the levels of the tensors
 def apply(function: Any, *arguments: Any) -> Any:
     """`Function.apply`, which has no types."""
@@ -61,7 +56,7 @@ def first_order(
     dout = _or_zeros(dout, results[0])
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    if derivative_of_gradients_may_be_asked():
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_are_on():
         result: tuple[Optional, ...] = apply(
             _Backward, dout, dlse, *inputs, *results, *settings, deterministic, *needs
         )
