@@ -4,7 +4,7 @@
 //     -DVARIANTS='"variants.inc"' lab/06_wide_backward/backward.cu \
 //     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/wide_backward_rows.cu \
 //     csrc/cuda/backward_plan.cpp
-// Run: ./a.out check [cases]; ./a.out bench [part of a variant's name]
+// Run: ./a.out check [cases]; ./a.out soak [runs]; ./a.out bench [part of a variant's name]
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,7 +21,8 @@ using namespace online_attention::lab;
 using namespace online_attention::cuda;
 using namespace online_attention::cuda::hopper;
 
-using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const WideBackwardBuffers&);
+using Main = Status (*)(const BackwardArgs&, const BackwardPlan&, const WideBackwardBuffers&,
+                        cudaStream_t);
 struct Variant {
   const char* name;
   WideBackwardConfig config;
@@ -63,13 +64,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WideBackwardConfig::
 }
 
 template <typename Element, int D, int DV, int... N>
-Status run(const BackwardArgs& args, const BackwardPlan& plan, const WideBackwardBuffers& buffers) {
+Status run(const BackwardArgs& args, const BackwardPlan& plan, const WideBackwardBuffers& buffers,
+           cudaStream_t stream) {
   constexpr WideBackwardConfig config = make(D, DV, N...);
   WideBackwardCall call;
   const Status status = describe_call(args, plan, buffers, call);
   if (status != kOk) return status;
   return launch(lab_kernel<Element, D, DV, N...>, 2 * plan.blocks(), WideBackwardConfig::kThreads,
-                config.smem_bytes(), nullptr, call);
+                config.smem_bytes(), stream, call);
 }
 
 #ifdef WITH_F16
@@ -88,26 +90,36 @@ struct Workspace {
   BackwardPlan plan;
   WideBackwardBuffers buffers;
 };
+// In which order key tiles add, and how many clusters for each that there is room for the heads
+// have that are interleaved; 0: as many heads as without `ordered`.
+struct Order {
+  bool ordered;
+  int rounds;
+};
 Workspace workspace_for(const BackwardArgs& a, const WideBackwardConfig& config, void* memory,
-                        size_t bytes) {
+                        size_t bytes, const Order& order) {
   Workspace w;
   w.plan = plan_backward(a, config.tile_m, 128, 132);
   if (a.mask.is_banded()) {
     const bool few = int64_t{w.plan.heads} * w.plan.kv_tiles <= 8 * 66;
     const auto filling = ceil_div<uint32_t>(66, w.plan.kv_tiles);
     w.plan.section_heads = few || filling >= w.plan.heads ? w.plan.heads : filling;
-    if (const char* rounds = std::getenv("LAB_ROUNDS"); rounds != nullptr) {
-      const int n = std::atoi(rounds);
-      w.plan.section_heads =
-          std::min<uint32_t>(w.plan.heads, ceil_div<uint32_t>(66 * n, w.plan.kv_tiles));
-    }
+  }
+  if (order.rounds > 0) {
+    const auto wanted = static_cast<uint32_t>(66 * order.rounds);
+    w.plan.section_heads = std::min(w.plan.heads, ceil_div(wanted, w.plan.kv_tiles));
   }
   const size_t rows = w.plan.dq_tiles() * config.tile_m;
   const size_t sums = w.plan.dq_tiles() * config.dq_floats();
   w.buffers.dq_sums = static_cast<float*>(memory);
   w.buffers.lse2 = w.buffers.dq_sums + sums;
   w.buffers.delta = w.buffers.lse2 + rows;
-  if ((sums + 2 * rows + 1) * 4 > bytes) {
+  const size_t counters = counter_place(w.plan.dq_tiles(), 0);
+  if (order.ordered) {
+    w.buffers.added = reinterpret_cast<int32_t*>(w.buffers.delta + rows);
+    w.buffers.begun = reinterpret_cast<uint32_t*>(w.buffers.added + counters);
+  }
+  if ((sums + 2 * rows + counters + 1) * 4 > bytes) {
     std::printf("workspace too small\n");
     std::exit(1);
   }
@@ -160,37 +172,46 @@ bool check(const Variant& variant, const Case& c, uint32_t seed, bool verbose) {
   dq_reference<Element><<<rows, 128, c.S_kv * 4 + 16>>>(a, want_dq);
   dkv_reference<Element><<<kv_rows, 128, c.S_q * 8 + 16>>>(a, want_dk, want_dv);
   CHECK(cudaDeviceSynchronize());
-  const Workspace w = workspace_for(a, variant.config, memory, bytes);
   const auto kernel = a.dtype == DType::f16 ? variant.f16 : variant.bf16;
-  std::vector<uint16_t> first_dk, first_dv;
-  bool same = true;
-  for (int repeat = 0; repeat < 3; ++repeat) {
-    for (const Tensor<Element>* t : {&dq, &dk, &dv})
-      CHECK(cudaMemset(t->view.data, 0xff, t->size() * 2));
-    RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, nullptr));
-    RUN(kernel(a, w.plan, w.buffers));
-    RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, nullptr));
-    CHECK(cudaDeviceSynchronize());
-    if (repeat == 0) {
-      first_dk = dk.get(), first_dv = dv.get();
-    } else {
-      same &= first_dk == dk.get() && first_dv == dv.get();
-    }
-  }
   const double limit = a.dtype == DType::f16 ? 1.5e-3 : 1.0e-2;
-  bool good = same;
-  const std::string texts = "dq " + dq.compare(want_dq, limit, good) + "; dk " +
-                            dk.compare(want_dk, limit, good) + "; dv " +
-                            dv.compare(want_dv, limit, good);
-  if (!good || verbose) {
-    std::printf("%s (%s) %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d poison%d scale%g same%d: %s\n",
-                good ? "ok  " : "FAIL", variant.name, a.dtype == DType::f16 ? "f16" : "bf16", seed,
-                c.B, c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v, c.mask, c.poison, c.scale, same,
-                texts.c_str());
-    std::fflush(stdout);
+  bool all_good = true;
+  for (const bool ordered : {true, false}) {
+    std::vector<uint16_t> first_dq, first_dk, first_dv;
+    bool same = true;
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      CHECK(cudaMemset(memory, 0xff, bytes));
+      Workspace w = workspace_for(a, variant.config, memory, bytes, {ordered, 0});
+      // Whichever heads are interleaved.
+      w.plan.section_heads = repeat == 0 ? w.plan.section_heads : repeat == 1 ? 1 : w.plan.heads;
+      for (const Tensor<Element>* t : {&dq, &dk, &dv})
+        CHECK(cudaMemset(t->view.data, 0xff, t->size() * 2));
+      RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, nullptr));
+      RUN(kernel(a, w.plan, w.buffers, nullptr));
+      RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, nullptr));
+      CHECK(cudaDeviceSynchronize());
+      if (repeat == 0) {
+        first_dq = dq.get(), first_dk = dk.get(), first_dv = dv.get();
+      } else {
+        same &= first_dk == dk.get() && first_dv == dv.get();
+        if (ordered) same &= first_dq == dq.get();
+      }
+    }
+    bool good = same;
+    const std::string texts = "dq " + dq.compare(want_dq, limit, good) + "; dk " +
+                              dk.compare(want_dk, limit, good) + "; dv " +
+                              dv.compare(want_dv, limit, good);
+    if (!good || verbose) {
+      std::printf(
+          "%s (%s) %s %s seed %u B%d H%d/%d S%d/%d D%d/%d mask%d poison%d scale%g same%d: %s\n",
+          good ? "ok  " : "FAIL", variant.name, ordered ? "ordered" : "any order",
+          a.dtype == DType::f16 ? "f16" : "bf16", seed, c.B, c.H, c.H_kv, c.S_q, c.S_kv, c.D, c.D_v,
+          c.mask, c.poison, c.scale, same, texts.c_str());
+      std::fflush(stdout);
+    }
+    all_good &= good;
   }
   for (float* p : {lse, dlse, want_dq, want_dk, want_dv, memory}) CHECK(cudaFree(p));
-  return good;
+  return all_good;
 }
 
 int check_all(int cases, const char* only) {
@@ -233,6 +254,91 @@ int check_all(int cases, const char* only) {
   return failed != 0;
 }
 
+// Takes multiprocessors away for a while.
+__global__ void __launch_bounds__(32) occupy(uint64_t ns) {
+  const uint64_t begin = global_ns();
+  while (global_ns() - begin < ns) __nanosleep(1000);
+}
+
+// Calls in order on two streams side by side, while few multiprocessors are left: the same bits.
+int soak(int runs) {
+  const int64_t elements = int64_t{2} * 8 * 1312 * 256;
+  const size_t bytes = size_t{200} << 20;
+  struct Side {
+    cudaStream_t stream;
+    void* memory;
+    __nv_bfloat16* gradients;
+  } sides[2];
+  for (Side& side : sides) {
+    CHECK(cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking));
+    CHECK(cudaMalloc(&side.memory, bytes));
+    CHECK(cudaMalloc(&side.gradients, 3 * elements * 2));
+  }
+  cudaStream_t busy;
+  CHECK(cudaStreamCreateWithFlags(&busy, cudaStreamNonBlocking));
+  constexpr int kBusyBytes = 227 << 10;
+  CHECK(cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, kBusyBytes));
+  __nv_bfloat16* inputs[5];
+  for (int i = 0; i < 5; ++i) {
+    CHECK(cudaMalloc(&inputs[i], elements * 2));
+    fill_kernel<<<256, 256>>>(inputs[i], elements, 7 + i, 1.0f);
+  }
+  float* lse;
+  CHECK(cudaMalloc(&lse, elements));
+  int failed = 0;
+  for (const Variant& variant : kVariants) {
+    for (int mask = 0; mask < (variant.config.masked ? 4 : 1); ++mask) {
+      const int64_t S = 1301, D = variant.config.head_dim, DV = variant.config.value_dim;
+      const int64_t B = 2, H = 8, H_kv = mask % 2 ? 2 : 8;
+      fill_constant<<<256, 256>>>(lse, B * H * S, std::log(float(S)) + 0.5f);
+      BackwardArgs a;
+      a.dtype = DType::bf16;
+      a.shape = {B, H, H_kv, S, S, D, DV};
+      View* views[5] = {&a.q, &a.k, &a.v, &a.out, &a.dout};
+      for (int i = 0; i < 5; ++i) {
+        const int64_t d = i < 2 ? D : DV, h = i == 1 || i == 2 ? H_kv : H;
+        *views[i] = {inputs[i], S * h * d, d, h * d};
+      }
+      a.lse = lse;
+      a.mask = mask_of(mask, S, S, 7);
+      a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
+      a.factor = 1 / std::sqrt(double(D));
+      CHECK(cudaDeviceSynchronize());
+      std::vector<uint16_t> first, got(3 * elements);
+      int different = 0;
+      for (int run = 0; run < runs; ++run) {
+        const int taken = run % 4 == 0 ? 0 : run % 4 == 1 ? 130 : run % 4 == 2 ? 101 : 60;
+        if (taken > 0) occupy<<<taken, 32, kBusyBytes, busy>>>(1500000);
+        for (Side& side : sides) {
+          CHECK(cudaMemsetAsync(side.memory, 0xff, bytes / 4, side.stream));
+          CHECK(cudaMemsetAsync(side.gradients, 0xff, 3 * elements * 2, side.stream));
+        }
+        for (Side& side : sides) {
+          __nv_bfloat16* g = side.gradients;
+          a.dq = {g, S * H * D, D, H * D};
+          a.dk = {g + elements, S * H_kv * D, D, H_kv * D};
+          a.dv = {g + 2 * elements, S * H_kv * DV, DV, H_kv * DV};
+          const Workspace w =
+              workspace_for(a, variant.config, side.memory, bytes / 4, {true, run % 3});
+          RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, side.stream));
+          RUN(variant.bf16(a, w.plan, w.buffers, side.stream));
+          RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, side.stream));
+        }
+        CHECK(cudaDeviceSynchronize());
+        for (const Side& side : sides) {
+          CHECK(cudaMemcpy(got.data(), side.gradients, got.size() * 2, cudaMemcpyDeviceToHost));
+          if (first.empty()) first = got;
+          different += got != first;
+        }
+      }
+      std::printf("(%s) mask %d: %d of %d runs differ\n", variant.name, mask, different, 2 * runs);
+      std::fflush(stdout);
+      failed += different;
+    }
+  }
+  return failed != 0;
+}
+
 // Median times of the three kernels, in microseconds.
 void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, void* flush,
              size_t flush_bytes, int repeats, float (&median)[4]) {
@@ -244,7 +350,7 @@ void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, 
     CHECK(cudaEventRecord(events[0]));
     RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, nullptr));
     CHECK(cudaEventRecord(events[1]));
-    RUN(variant.bf16(a, w.plan, w.buffers));
+    RUN(variant.bf16(a, w.plan, w.buffers, nullptr));
     CHECK(cudaEventRecord(events[2]));
     RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, nullptr));
     CHECK(cudaEventRecord(events[3]));
@@ -277,6 +383,7 @@ int bench(const char* only, int shortest, int longest) {
   CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
   const size_t bytes = size_t{400} << 20;
   CHECK(cudaMalloc(&memory, bytes));
+  const Order orders[] = {{false, 0}, {true, 0}, {true, 1}, {true, 2}, {true, 4}};
   std::printf("TFLOP/s of all three kernels, of the main one; us of the three\n");
   for (int causal = 0; causal < 2; ++causal) {
     for (int S = shortest; S <= longest; S *= 2) {
@@ -300,15 +407,19 @@ int bench(const char* only, int shortest, int longest) {
         a.mask = causal ? Mask::causal(S, S, Alignment::bottom_right) : Mask::full(S);
         a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
         a.factor = 1 / std::sqrt(double(D));
-        const Workspace w = workspace_for(a, variant.config, memory, bytes);
-        float us[4];
-        time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
-        uint64_t clock[4];
-        CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
-        const double flop = 2e-6 * B * H * double(S) * S * (3 * D + 2 * DV) / (causal ? 2 : 1);
-        std::printf("%-6s S %5d (%-20s) %5.0f %5.0f   %6.0f %6.0f %6.0f   %.0f MHz\n",
-                    causal ? "causal" : "full", S, variant.name, flop / us[3], flop / us[1], us[0],
-                    us[1], us[2], 1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
+        for (const Order& order : orders) {
+          const Workspace w = workspace_for(a, variant.config, memory, bytes, order);
+          float us[4];
+          time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
+          uint64_t clock[4];
+          CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
+          const double flop = 2e-6 * B * H * double(S) * S * (3 * D + 2 * DV) / (causal ? 2 : 1);
+          std::printf("%-6s S %5d (%-20s) %s %3u heads %5.0f %5.0f   %6.0f %6.0f %6.0f   %.0f MHz\n",
+                      causal ? "causal" : "full", S, variant.name,
+                      order.ordered ? "ordered  " : "any order", w.plan.section_heads,
+                      flop / us[3], flop / us[1], us[0], us[1], us[2],
+                      1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
+        }
       }
       std::fflush(stdout);
     }
@@ -320,6 +431,7 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "check";
   const char* only = argc > 3 && std::strcmp(argv[3], "all") != 0 ? argv[3] : nullptr;
   if (mode == "check") return check_all(argc > 2 ? std::atoi(argv[2]) : 40, only);
+  if (mode == "soak") return soak(argc > 2 ? std::atoi(argv[2]) : 20);
   if (mode == "bench" && argc > 2) only = std::strcmp(argv[2], "all") != 0 ? argv[2] : nullptr;
   return bench(only, argc > 3 ? std::atoi(argv[3]) : 512, argc > 4 ? std::atoi(argv[4]) : 16384);
 }

@@ -49,9 +49,15 @@ template <typename Element, WideBackwardConfig kConfig>
 __device__ __forceinline__ void wide_backward_block(const WideBackwardCall& call,
                                                     unsigned char* smem_base) {
   const WideBackwardMap<kConfig> smem{ptx::shared_address(smem_base), smem_base};
+  const bool ordered = call.buffers.added != nullptr;
+  const uint32_t cluster = blockIdx.x / WideBackwardConfig::kBlocks;
   if (threadIdx.x == 0) {
     smem.init_barriers();
-    set_key_tile(smem.tile(), call);
+    if (!ordered) {
+      set_key_tile(smem.tile(), call, cluster);
+    } else if (cluster_rank() == 0) {
+      smem.tile().end = atomicAdd(call.buffers.begun, 1u);
+    }
     ptx::prefetch_tensor_map(call.q.map);
     ptx::prefetch_tensor_map(call.k.map);
     ptx::prefetch_tensor_map(call.v.map);
@@ -59,12 +65,20 @@ __device__ __forceinline__ void wide_backward_block(const WideBackwardCall& call
   }
   __syncthreads();
   ptx::cluster_sync();
+  if (ordered) {
+    if (threadIdx.x == 0) {
+      const uint32_t begun = ptx::load_in_cluster(ptx::address_in(smem.tile_end(), 0));
+      set_key_tile(smem.tile(), call, begun);
+    }
+    __syncthreads();
+  }
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128u), 0);
   if (group == 0) {
     ptx::give_registers<WideBackwardConfig::kProducerRegisters>();
     if (threadIdx.x == 0) WideBackwardLoader<kConfig>{call, smem}.run_queries();
     if (threadIdx.x == 32) WideBackwardLoader<kConfig>{call, smem}.run_outputs();
     if (threadIdx.x == 64) WideBackwardLoader<kConfig>{call, smem}.run_exchange();
+    if (threadIdx.x == 96 && ordered) WideBackwardLoader<kConfig>{call, smem}.run_turns();
   } else if (group == 1) {
     ptx::take_registers<kConfig.dv_registers>();
     WideBackwardValues<Element, kConfig>{call, smem}.run();

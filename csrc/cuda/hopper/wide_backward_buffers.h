@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/backward_plan.h"
+#include "cuda/hopper/backward_buffers.h"
 #include "cuda/hopper/wide_backward_config.h"
 
 namespace online_attention::cuda::hopper {
@@ -14,6 +15,12 @@ struct WideBackwardBuffers {
   float* delta = nullptr;
   // fp32 sums of dQ before the scale, a tile after the other as dq_place has them.
   float* dq_sums = nullptr;
+  // Where key tiles add in order: how many clusters have, for each query tile and each block's part
+  // of its dQ, see counter_place. 0 at the start. nullptr: they add in any order, and the sums are 0
+  // at the start.
+  int32_t* added = nullptr;
+  // Then also how many clusters have begun. 0 at the start.
+  uint32_t* begun = nullptr;
 };
 
 }  // namespace online_attention::cuda::hopper

@@ -19,6 +19,7 @@ struct WideBackwardConfig {
 
   static constexpr int kTileN = 64;
   static constexpr int kBlocks = 2;  // of a cluster, whose key tiles lie side by side
+  static constexpr int kClusterKeys = kBlocks * kTileN;
   static constexpr int tile_m = 64;
   static constexpr int kThreads = 4 * 128;
   static constexpr int kColumns = BackwardConfig::kColumns;
@@ -65,7 +66,7 @@ struct WideBackwardConfig {
     return terms_offset() + 2 * stages * kTermsBytes;
   }
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const { return marks_offset() + kTileN * 4; }
-  ONLINE_ATTENTION_HD constexpr int barriers() const { return 2 + 4 * stages + 7 * pair_stages; }
+  ONLINE_ATTENTION_HD constexpr int barriers() const { return 4 + 4 * stages + 7 * pair_stages; }
   ONLINE_ATTENTION_HD constexpr int tile_offset() const {
     return barrier_offset() + ceil_div(barriers() * 8, 16) * 16;
   }

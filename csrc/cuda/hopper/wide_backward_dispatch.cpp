@@ -52,6 +52,9 @@ const Kernels& kernels_for(const BackwardArgs& args) {
 // Under a mask, whose key tiles differ in length, the heads that fill the device once are
 // interleaved: the fewer they are, the more of what their blocks share is in the L2 cache. Of few
 // tiles all are, or long ones would begin when there is nothing left to do beside them.
+//
+// Where key tiles add in order, each goes its way a step behind the one before: the more heads, the
+// fewer of one head run side by side and have to wait.
 BackwardPlan plan_blocks(const BackwardArgs& args, int multiprocessors) {
   BackwardPlan plan =
       plan_backward(args, WideBackwardConfig::tile_m,
@@ -66,19 +69,31 @@ BackwardPlan plan_blocks(const BackwardArgs& args, int multiprocessors) {
   return plan;
 }
 
-// The sums of dQ, the terms of the rows; every part begins on a multiple of 256 bytes.
+// The sums of dQ, the terms of the rows, the counters of deterministic calls; every part begins on a
+// multiple of 256 bytes.
 struct Sizes {
-  int64_t dq_sums, terms;
+  int64_t dq_sums, terms, counters;
 
-  Sizes(const WideBackwardConfig& config, const BackwardPlan& plan)
+  Sizes(const BackwardArgs& args, const WideBackwardConfig& config, const BackwardPlan& plan)
       : dq_sums(plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)}),
-        terms(plan.dq_tiles() * WideBackwardConfig::kTermsBytes) {}
-  int64_t total() const { return dq_sums + 2 * terms; }
+        terms(plan.dq_tiles() * WideBackwardConfig::kTermsBytes),
+        counters(args.deterministic ? counter_bytes(plan) + int64_t{sizeof(uint32_t)} : 0) {}
+  static int64_t counter_bytes(const BackwardPlan& plan) {
+    return counter_place(static_cast<uint32_t>(plan.dq_tiles()), 0) * int64_t{sizeof(int32_t)};
+  }
+  int64_t total() const { return dq_sums + 2 * terms + counters; }
   WideBackwardBuffers in(void* workspace) const {
-    auto* bytes = static_cast<unsigned char*>(workspace);
-    return {.lse2 = reinterpret_cast<float*>(bytes + dq_sums),
-            .delta = reinterpret_cast<float*>(bytes + dq_sums + terms),
-            .dq_sums = reinterpret_cast<float*>(bytes)};
+    auto* sums = static_cast<unsigned char*>(workspace);
+    auto* lse2 = sums + dq_sums;
+    auto* delta = lse2 + terms;
+    auto* added = delta + terms;
+    WideBackwardBuffers buffers{.lse2 = reinterpret_cast<float*>(lse2),
+                                .delta = reinterpret_cast<float*>(delta),
+                                .dq_sums = reinterpret_cast<float*>(sums)};
+    if (counters == 0) return buffers;
+    buffers.added = reinterpret_cast<int32_t*>(added);
+    buffers.begun = reinterpret_cast<uint32_t*>(added + counters - sizeof(uint32_t));
+    return buffers;
   }
 };
 
@@ -90,14 +105,15 @@ bool is_wide(const Shape& shape) {
 }
 
 int64_t wide_backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
-  return Sizes(kernels_for(args).config, plan_blocks(args, device.multiprocessors)).total();
+  const BackwardPlan plan = plan_blocks(args, device.multiprocessors);
+  return Sizes(args, kernels_for(args).config, plan).total();
 }
 
 Status wide_backward(const BackwardArgs& args, const Launch& launch) {
   const Kernels& kernels = kernels_for(args);
   const WideBackwardConfig& config = kernels.config;
   const BackwardPlan plan = plan_blocks(args, launch.device.multiprocessors);
-  const WideBackwardBuffers buffers = Sizes(config, plan).in(launch.workspace);
+  const WideBackwardBuffers buffers = Sizes(args, config, plan).in(launch.workspace);
   Status status = prepare_wide_rows(args, plan, config, buffers, launch.stream);
   if (status != kOk) return status;
   status = (args.dtype == DType::f16 ? kernels.f16 : kernels.bf16)(args, plan, buffers, launch);

@@ -77,7 +77,7 @@ struct WideBackwardKeys : WideBackwardRole<Element, kConfig> {
       if constexpr (!kConfig.dk_runs_on) finish(ds_rounded, last);
       at.advance();
       pair.advance();
-      step.advance(smem.tile());
+      step.template advance<kConfig.masked>(call, smem.tile());
     }
     if constexpr (kConfig.dk_runs_on) finish(ds_rounded, last);
     // Of the last step's Q by everybody: dK leaves through its place.

@@ -8,6 +8,7 @@
 #include "cuda/hopper/wide_backward_map.cuh"
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/global.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace online_attention::cuda::hopper {
@@ -17,11 +18,13 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(ptx::block_index() % WideBackwardConfig::kBlocks);
 }
 
-// Of this block. Both of a cluster step through the queries that see some of their keys.
-__device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCall& call) {
+// Of this block, in the cluster that is number `index` of the plan. Both of a cluster step through
+// the queries that see some of their keys.
+__device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCall& call,
+                                             uint32_t index) {
   constexpr int32_t kTileM = WideBackwardConfig::tile_m, kTileN = WideBackwardConfig::kTileN;
-  constexpr int32_t kClusterKeys = WideBackwardConfig::kBlocks * kTileN;
-  const BackwardCoord at = call.plan.locate(blockIdx.x / WideBackwardConfig::kBlocks);
+  constexpr int32_t kClusterKeys = WideBackwardConfig::kClusterKeys;
+  const BackwardCoord at = call.plan.locate(index);
   const int32_t cluster_begin = at.kv_tile * kClusterKeys;
   const int32_t kv_begin = cluster_begin + cluster_rank() * kTileN, kv_end = kv_begin + kTileN;
   const Mask& mask = call.args.mask;
@@ -39,19 +42,36 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCa
   tile.q_tile_begin = begin;
   tile.q_tile_end = end;
   tile.steps = (end - begin) * call.plan.group;
-  // Blocks of a head that run side by side keep apart, or all would add to the same dQ.
+  // Blocks of a head that run side by side keep apart, or all would add to the same dQ. Where they
+  // add in order they do by waiting.
+  const bool ordered = call.buffers.added != nullptr;
   const auto apart = static_cast<uint32_t>(at.kv_tile) * uint64_t{static_cast<uint32_t>(end)};
-  tile.q_tile_first = mask.is_banded() ? begin : static_cast<int32_t>(apart / call.plan.kv_tiles);
+  if (mask.is_banded()) {
+    tile.q_tile_first = ordered ? end - 1 : begin;
+  } else {
+    tile.q_tile_first = ordered ? 0 : static_cast<int32_t>(apart / call.plan.kv_tiles);
+  }
 }
 
 // A step of a block: a query tile of one head. Heads of the group in turn, tiles in ascending order
 // from the first one on, then those before it.
+//
+// Where key tiles add in order under a mask, in descending order, so that those that see few queries
+// begin with what others have begun with; and all heads come to a query tile before the next: head
+// by head, those of fewer tiles would catch up with those that they have to wait for.
 struct WideBackwardStep {
   int32_t h, q_tile;
 
   __device__ __forceinline__ WideBackwardStep(const WideBackwardCall& call, const KeyTile& tile)
       : h(tile.h_kv * call.plan.group), q_tile(tile.q_tile_first) {}
-  __device__ __forceinline__ void advance(const KeyTile& tile) {
+  template <bool kMasked>
+  __device__ __forceinline__ void advance(const WideBackwardCall& call, const KeyTile& tile) {
+    if (kMasked && call.buffers.added != nullptr) {
+      if (++h < (tile.h_kv + 1) * call.plan.group) return;
+      h -= call.plan.group;
+      --q_tile;
+      return;
+    }
     if (++q_tile == tile.q_tile_end) q_tile = tile.q_tile_begin;
     if (q_tile == tile.q_tile_first) ++h;
   }
@@ -60,6 +80,12 @@ struct WideBackwardStep {
                                                 const KeyTile& tile) const {
     const uint32_t head = tile.b * static_cast<uint32_t>(call.args.shape.H) + h;
     return head * call.plan.q_tiles + q_tile;
+  }
+  // Of this block's part of the query tile's dQ: how many have added to it.
+  __device__ __forceinline__ int32_t* added(const WideBackwardCall& call,
+                                            const KeyTile& tile) const {
+    const auto index = static_cast<uint32_t>(tile_index(call, tile));
+    return call.buffers.added + counter_place(index, cluster_rank());
   }
 };
 
@@ -107,7 +133,7 @@ struct WideBackwardLoader {
                             step.q_tile * WideBackwardConfig::tile_m, step.h, tile.b);
       ptx::bulk_load(smem.lse2(at.stage), terms_of(call.buffers.lse2, step),
                      WideBackwardConfig::kTermsBytes, full);
-      step.advance(tile);
+      step.advance<kConfig.masked>(call, tile);
       at.advance();
     }
   }
@@ -124,6 +150,19 @@ struct WideBackwardLoader {
       ptx::bulk_copy_to(ptx::address_in(smem.other_ds(pair.stage), other), smem.pairs(pair.stage),
                         kBytes, ptx::address_in(full, other));
       pair.advance();
+    }
+  }
+  // Another, where key tiles add in order: the turn to the next one, once what this one adds in a
+  // step can be seen.
+  __device__ __forceinline__ void run_turns() const {
+    const KeyTile& tile = smem.tile();
+    WideBackwardStep step(call, tile);
+#pragma unroll 1
+    for (int32_t n = 0; n < tile.steps; ++n) {
+      wait(smem.added_full(), n % 2);
+      ptx::mbarrier_arrive(smem.added_empty());
+      ptx::release_add(step.added(call, tile), 1);
+      step.advance<kConfig.masked>(call, tile);
     }
   }
   // Another: V, then dO and delta of every step.
@@ -143,7 +182,7 @@ struct WideBackwardLoader {
                                   step.q_tile * WideBackwardConfig::tile_m, step.h, tile.b);
       ptx::bulk_load(smem.delta(at.stage), terms_of(call.buffers.delta, step),
                      WideBackwardConfig::kTermsBytes, full);
-      step.advance(tile);
+      step.advance<kConfig.masked>(call, tile);
       at.advance();
     }
   }

@@ -2,6 +2,8 @@
 // Where things lie in the shared memory of the backward for wide heads, and its barriers.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/hopper/shared_map.cuh"
 #include "cuda/hopper/wide_backward_config.h"
 
@@ -54,20 +56,27 @@ struct WideBackwardMap {
     return *reinterpret_cast<KeyTile*>(generic + kConfig.tile_offset());
   }
 
+  // Where its last field is; not for a descriptor.
+  __device__ __forceinline__ uint32_t tile_end() const {
+    return base + kConfig.tile_offset() + static_cast<uint32_t>(offsetof(KeyTile, end));
+  }
+
   __device__ __forceinline__ uint32_t barrier(int index) const {
     return base + kConfig.barrier_offset() + index * 8;
   }
   __device__ __forceinline__ uint32_t k_full() const { return barrier(0); }
   __device__ __forceinline__ uint32_t v_full() const { return barrier(1); }
+  __device__ __forceinline__ uint32_t added_full() const { return barrier(2); }
+  __device__ __forceinline__ uint32_t added_empty() const { return barrier(3); }
   __device__ __forceinline__ uint32_t of_queries(int kind, int stage) const {
-    return barrier(2 + kind * kStages + stage);
+    return barrier(4 + kind * kStages + stage);
   }
   __device__ __forceinline__ uint32_t q_full(int stage) const { return of_queries(0, stage); }
   __device__ __forceinline__ uint32_t q_empty(int stage) const { return of_queries(1, stage); }
   __device__ __forceinline__ uint32_t dout_full(int stage) const { return of_queries(2, stage); }
   __device__ __forceinline__ uint32_t dout_empty(int stage) const { return of_queries(3, stage); }
   __device__ __forceinline__ uint32_t of_pairs(int kind, int stage) const {
-    return barrier(2 + 4 * kStages + kind * kPairStages + stage);
+    return barrier(4 + 4 * kStages + kind * kPairStages + stage);
   }
   // One for each warp: it reads what the warp of the same number writes.
   __device__ __forceinline__ uint32_t p_full(int stage, int warp) const {
@@ -81,6 +90,8 @@ struct WideBackwardMap {
   __device__ __forceinline__ void init_barriers() const {
     ptx::mbarrier_init(k_full(), 1);
     ptx::mbarrier_init(v_full(), 1);
+    ptx::mbarrier_init(added_full(), 4);
+    ptx::mbarrier_init(added_empty(), 1);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);
       ptx::mbarrier_init(q_empty(stage), 8);

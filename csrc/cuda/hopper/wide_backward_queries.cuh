@@ -36,15 +36,38 @@ struct WideBackwardQueries : WarpgroupThread {
     ptx::wgmma_commit();
   }
 
+  // A step's turn to add: how many others come before and the counter that says how many have
+  // added. Without a counter nobody waits.
+  struct Turn {
+    int32_t place = -1;
+    int32_t* added = nullptr;
+  };
+  __device__ __forceinline__ Turn turn_of(const WideBackwardStep& step, const KeyTile& tile) const {
+    if (call.buffers.added == nullptr) return {};
+    constexpr int32_t kTileM = WideBackwardConfig::tile_m;
+    int32_t place = tile.kv_begin / WideBackwardConfig::kClusterKeys;
+    if constexpr (kConfig.masked) {
+      const int32_t q_begin = step.q_tile * kTileM;
+      const int32_t q_end = min(q_begin + kTileM, static_cast<int32_t>(call.args.shape.S_q));
+      const KvRange keys = call.args.mask.kv_range(q_begin, q_end);
+      place -= keys.begin / WideBackwardConfig::kClusterKeys;
+    }
+    return {place, step.added(call, tile)};
+  }
+  __device__ __forceinline__ static bool has_come(const Turn& turn) {
+    return turn.place <= 0 || ptx::load_acquire(turn.added) == turn.place;
+  }
+
   // kBoxes of dQ from `box` on, by the keys of both blocks, added to their sums.
   template <int kBoxes>
   __device__ __forceinline__ void run_boxes(const typename Map::PairPlace& pair, int box,
-                                            float* target) const {
+                                            float* target, const Turn& turn) const {
     float dq[32 * kBoxes];
     const int other_box = box - cluster_rank() * (kConfig.boxes() - WideBackwardConfig::kDqBoxes);
     start(dq, smem.pairs(pair.stage), smem.k() + box * kBox, false);
     wait(smem.other_ds_full(pair.stage), pair.phase);
     start(dq, smem.other_ds(pair.stage), smem.other_k() + other_box * kBox, true);
+    const bool early = !speaks() || has_come(turn);  // asked while the products run
     ptx::wgmma_wait<0>();
     ptx::held(dq);
     if (speaks()) {
@@ -52,12 +75,37 @@ struct WideBackwardQueries : WarpgroupThread {
       ptx::mbarrier_arrive(empty);
       ptx::mbarrier_arrive_in_cluster(ptx::address_in(empty, cluster_rank() ^ 1));
     }
-    target += box * WideBackwardConfig::kDqWarpFloats + lane() * 4;
-#pragma unroll
-    for (int i = 0; i < 32 * kBoxes; i += 4) {
-      const float four[4] = {dq[i], dq[i + 1], dq[i + 2], dq[i + 3]};
-      ptx::reduce_add(target + i * 32, four);
+    if (!early) {
+      // A pause: asking all the time slows those down who are to add.
+      while (!has_come(turn)) __nanosleep(32);
     }
+    __syncwarp();
+    target += box * WideBackwardConfig::kDqWarpFloats + lane() * 4;
+    if (turn.place == 0) {
+      add<true>(target, dq);
+    } else {
+      add<false>(target, dq);
+    }
+  }
+  // A thread's part of dQ. The first to come stores it, so that nobody clears the sums before.
+  template <bool kStores, int kSize>
+  __device__ __forceinline__ static void add(float* target, const float (&dq)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      const float four[4] = {dq[i], dq[i + 1], dq[i + 2], dq[i + 3]};
+      if constexpr (kStores) {
+        ptx::store(target + i * 32, four);
+      } else {
+        ptx::reduce_add(target + i * 32, four);
+      }
+    }
+  }
+  // Tells who passes the turn on (WideBackwardLoader::run_turns) that the warp has added.
+  __device__ __forceinline__ void pass_turn(int32_t n) const {
+    __syncwarp();
+    if (!speaks()) return;
+    wait(smem.added_empty(), n % 2 ^ 1);
+    ptx::mbarrier_arrive(smem.added_full());
   }
 
   __device__ __forceinline__ void run() const {
@@ -71,16 +119,19 @@ struct WideBackwardQueries : WarpgroupThread {
       wait(smem.ds_full(pair.stage), pair.phase);
       float* target = call.buffers.dq_sums + step.tile_index(call, tile) * kConfig.dq_floats() +
                       warp() * (kConfig.boxes() * WideBackwardConfig::kDqWarpFloats);
-      // Block 0 has the first boxes, block 1 the last ones, and the one in the middle in turns.
+      const Turn turn = turn_of(step, tile);
+      // Block 0 has the first boxes, block 1 the last ones, and the one in the middle in turns, which
+      // are those of the query tile: all clusters have to add a part to it in the same order.
       const int rank = cluster_rank();
-      if (kMiddle == 0 || n % 2 == rank) {
+      if (kMiddle == 0 || (step.q_tile + step.h) % 2 == rank) {
         run_boxes<WideBackwardConfig::kDqBoxes>(
-            pair, rank * (kConfig.boxes() - WideBackwardConfig::kDqBoxes), target);
+            pair, rank * (kConfig.boxes() - WideBackwardConfig::kDqBoxes), target, turn);
       } else {
-        run_boxes<1>(pair, rank * (kConfig.boxes() - 1), target);
+        run_boxes<1>(pair, rank * (kConfig.boxes() - 1), target, turn);
       }
+      if (turn.added != nullptr) pass_turn(n);
       pair.advance();
-      step.advance(tile);
+      step.template advance<kConfig.masked>(call, tile);
     }
   }
 };

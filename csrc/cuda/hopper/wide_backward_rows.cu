@@ -7,6 +7,15 @@
 namespace online_attention::cuda::hopper {
 namespace {
 
+// Whether the query tile of a row sees any key. Where key tiles add in order, the first of them
+// stores, but to such a tile nobody comes.
+__device__ __forceinline__ bool has_adders(const BackwardArgs& args, int32_t s) {
+  constexpr int32_t kTileM = WideBackwardConfig::tile_m;
+  const int32_t begin = s / kTileM * kTileM;
+  const int32_t end = min(begin + kTileM, static_cast<int32_t>(args.shape.S_q));
+  return args.mask.kv_range(begin, end).size() > 0;
+}
+
 // A warp for each row. What it reads and zeroes does not depend on other rows, so that a row's
 // terms are the same in any batch.
 template <typename Element>
@@ -27,8 +36,18 @@ __global__ void __launch_bounds__(kRowThreads)
     const int64_t b = head / shape.H, h = head % shape.H;
     sum = delta_part<Element>(args, b, h, s, lane);
   }
-  auto* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * row_sums);
-  for (int i = lane; i < row_sums / 4; i += 32) zeros[i] = float4{};
+  if (buffers.added != nullptr) {
+    constexpr int kParts = WideBackwardConfig::kBlocks;
+    if (row == 0 && lane == 0) *buffers.begun = 0;
+    if (s % WideBackwardConfig::tile_m == 0 && lane < kParts) {
+      const auto tile = static_cast<uint32_t>(row / WideBackwardConfig::tile_m);
+      buffers.added[counter_place(tile, lane)] = 0;
+    }
+  }
+  if (buffers.added == nullptr || !has_adders(args, s)) {
+    auto* zeros = reinterpret_cast<float4*>(buffers.dq_sums + row * row_sums);
+    for (int i = lane; i < row_sums / 4; i += 32) zeros[i] = float4{};
+  }
   for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
   if (lane != 0) return;
   const int64_t place = row - s + BackwardConfig::term_place(s);

@@ -109,7 +109,7 @@ struct WideBackwardValues : WideBackwardRole<Element, kConfig> {
       last = at.stage;
       if constexpr (!kConfig.dv_runs_on) finish(p_rounded, last);
       at.advance();
-      step.advance(smem.tile());
+      step.template advance<kConfig.masked>(call, smem.tile());
     }
     if constexpr (kConfig.dv_runs_on) finish(p_rounded, last);
     wait_for_release(last);

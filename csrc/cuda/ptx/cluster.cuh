@@ -14,6 +14,13 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) 
   return there;
 }
 
+// ld.shared::cluster.u32 (PTX 7.8, sm_90): from any block of the cluster, see address_in.
+__device__ __forceinline__ uint32_t load_in_cluster(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
 // barrier.cluster.arrive, barrier.cluster.wait (PTX 7.8, sm_90): all threads of all blocks.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
@@ -25,8 +32,13 @@ __device__ __forceinline__ void cluster_sync() {
 // mbarrier.arrive.release.cluster.shared::cluster.b64 (PTX 8.0, sm_90): at a barrier of any block
 // of the cluster, see address_in.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
+#ifdef LAB_RELAXED
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+#else
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
+#endif
 }
 
 // mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 (PTX 8.0, sm_90): as mbarrier_try_wait,

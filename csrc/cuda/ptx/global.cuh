@@ -22,6 +22,13 @@ __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) 
 #endif
 }
 
+// st.global.v4.f32, to 16-byte aligned memory.
+__device__ __forceinline__ void store(float* address, const float (&x)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(address), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
 // st.global.v4.b32, st.global.f32: by the threads for which `stores` holds, without a branch.
 __device__ __forceinline__ void store_if(void* address, const uint32_t (&x)[4], bool stores) {
   asm volatile(
