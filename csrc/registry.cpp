@@ -47,8 +47,7 @@ constexpr Runner kRunners[] = {
      .runs_backward = cuda::hopper::runs_backward,
      .leaves = "a bias, dropout, fewer than 64 queries of a group of heads or rows off 16-byte "
                "boundaries",
-     .leaves_backward = "a bias, dropout, fewer than 64 queries, rows off 16-byte boundaries or "
-                        "deterministic gradients for a head_dim above 128"},
+     .leaves_backward = "a bias, dropout, fewer than 64 queries or rows off 16-byte boundaries"},
     {.name = "cuda.portable.tensor_core",
      .device = DeviceKind::cuda,
      .arch_min = 80,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How the Hopper backward kernel sums dQ (csrc/cuda/hopper/backward_dq.cuh): key tiles in order,
-each waiting for the one before, or in any order.
+"""How the Hopper backward kernels sum dQ (csrc/cuda/hopper/backward_dq.cuh and, for wide heads,
+wide_backward_queries.cuh): key tiles in order, each waiting for the one before, or in any order.
 
 The other half-precision rows run the same tests, which hold for any kernel.
 """
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.targets(dtypes=(torch.float16, torch.bfloat16), device=
 CASES = [
     *[
         Case(f"d{D}-{name}-{S_q}-{S_kv}", S_q, S_kv, D=D, H=2 * group, H_kv=2, mask=mask)
-        for D in (64, 72, 128)
+        for D in (64, 72, 128, 192, 248)
         for name, S_q, S_kv, group, mask in [
             ("full", 321, 400, 1, Mask()),
             ("full", 200, 1400, 2, Mask()),
@@ -35,12 +35,18 @@ CASES = [
     ],
     Case("empty-rows", 900, 260, D=128, H=3, mask=CAUSAL),  # query tiles that see no key
     Case("values-narrower", 300, 700, D=128, D_v=64, H=2, mask=CAUSAL),
+    Case("wide-empty-rows", 900, 260, D=192, H=3, mask=CAUSAL),
+    Case("wide-values-narrower", 300, 700, D=192, D_v=128, H=4, H_kv=2, mask=CAUSAL),
+    Case("wide-values-narrower-full", 500, 700, D=192, D_v=128, H=4, H_kv=2),
 ]
 LONG = [
     Case("full", 1100, 2300, D=128, H=4, H_kv=2),
     Case("causal", 2300, 2300, D=64, H=4, H_kv=2, mask=CAUSAL),
     Case("causal-wide", 2300, 2300, D=128, H=5, mask=CAUSAL),
     Case("window", 3000, 3000, D=128, H=2, mask=Mask(left=500, right=0)),
+    Case("wide-full", 1100, 2300, D=256, H=4, H_kv=2),
+    Case("wide-causal", 2300, 2300, D=192, H=6, H_kv=2, mask=CAUSAL),
+    Case("wide-window", 2300, 2300, D=192, D_v=128, H=2, mask=Mask(left=500, right=0)),
 ]
 
 

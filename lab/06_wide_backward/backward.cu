@@ -5,10 +5,12 @@
 //     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/wide_backward_rows.cu \
 //     csrc/cuda/backward_plan.cpp
 // Run: ./a.out check [cases]; ./a.out soak [runs]; ./a.out bench [part of a variant's name]
+//   [shortest S] [longest]; LAB_HEADS="1 2 3": with so many heads interleaved too, in order
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -90,24 +92,17 @@ struct Workspace {
   BackwardPlan plan;
   WideBackwardBuffers buffers;
 };
-// In which order key tiles add, and how many clusters for each that there is room for the heads
-// have that are interleaved; 0: as many heads as without `ordered`.
+// In which order key tiles add, and how many heads are interleaved; 0: as many as in a call.
 struct Order {
   bool ordered;
-  int rounds;
+  int heads;
 };
 Workspace workspace_for(const BackwardArgs& a, const WideBackwardConfig& config, void* memory,
                         size_t bytes, const Order& order) {
   Workspace w;
-  w.plan = plan_backward(a, config.tile_m, 128, 132);
-  if (a.mask.is_banded()) {
-    const bool few = int64_t{w.plan.heads} * w.plan.kv_tiles <= 8 * 66;
-    const auto filling = ceil_div<uint32_t>(66, w.plan.kv_tiles);
-    w.plan.section_heads = few || filling >= w.plan.heads ? w.plan.heads : filling;
-  }
-  if (order.rounds > 0) {
-    const auto wanted = static_cast<uint32_t>(66 * order.rounds);
-    w.plan.section_heads = std::min(w.plan.heads, ceil_div(wanted, w.plan.kv_tiles));
+  w.plan = plan_wide_blocks(a, order.ordered, 132);
+  if (order.heads > 0) {
+    w.plan.section_heads = std::min(w.plan.heads, static_cast<uint32_t>(order.heads));
   }
   const size_t rows = w.plan.dq_tiles() * config.tile_m;
   const size_t sums = w.plan.dq_tiles() * config.dq_floats();
@@ -254,91 +249,6 @@ int check_all(int cases, const char* only) {
   return failed != 0;
 }
 
-// Takes multiprocessors away for a while.
-__global__ void __launch_bounds__(32) occupy(uint64_t ns) {
-  const uint64_t begin = global_ns();
-  while (global_ns() - begin < ns) __nanosleep(1000);
-}
-
-// Calls in order on two streams side by side, while few multiprocessors are left: the same bits.
-int soak(int runs) {
-  const int64_t elements = int64_t{2} * 8 * 1312 * 256;
-  const size_t bytes = size_t{200} << 20;
-  struct Side {
-    cudaStream_t stream;
-    void* memory;
-    __nv_bfloat16* gradients;
-  } sides[2];
-  for (Side& side : sides) {
-    CHECK(cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking));
-    CHECK(cudaMalloc(&side.memory, bytes));
-    CHECK(cudaMalloc(&side.gradients, 3 * elements * 2));
-  }
-  cudaStream_t busy;
-  CHECK(cudaStreamCreateWithFlags(&busy, cudaStreamNonBlocking));
-  constexpr int kBusyBytes = 227 << 10;
-  CHECK(cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, kBusyBytes));
-  __nv_bfloat16* inputs[5];
-  for (int i = 0; i < 5; ++i) {
-    CHECK(cudaMalloc(&inputs[i], elements * 2));
-    fill_kernel<<<256, 256>>>(inputs[i], elements, 7 + i, 1.0f);
-  }
-  float* lse;
-  CHECK(cudaMalloc(&lse, elements));
-  int failed = 0;
-  for (const Variant& variant : kVariants) {
-    for (int mask = 0; mask < (variant.config.masked ? 4 : 1); ++mask) {
-      const int64_t S = 1301, D = variant.config.head_dim, DV = variant.config.value_dim;
-      const int64_t B = 2, H = 8, H_kv = mask % 2 ? 2 : 8;
-      fill_constant<<<256, 256>>>(lse, B * H * S, std::log(float(S)) + 0.5f);
-      BackwardArgs a;
-      a.dtype = DType::bf16;
-      a.shape = {B, H, H_kv, S, S, D, DV};
-      View* views[5] = {&a.q, &a.k, &a.v, &a.out, &a.dout};
-      for (int i = 0; i < 5; ++i) {
-        const int64_t d = i < 2 ? D : DV, h = i == 1 || i == 2 ? H_kv : H;
-        *views[i] = {inputs[i], S * h * d, d, h * d};
-      }
-      a.lse = lse;
-      a.mask = mask_of(mask, S, S, 7);
-      a.scale = ScoreScale::from(1 / std::sqrt(double(D)), a.dtype);
-      a.factor = 1 / std::sqrt(double(D));
-      CHECK(cudaDeviceSynchronize());
-      std::vector<uint16_t> first, got(3 * elements);
-      int different = 0;
-      for (int run = 0; run < runs; ++run) {
-        const int taken = run % 4 == 0 ? 0 : run % 4 == 1 ? 130 : run % 4 == 2 ? 101 : 60;
-        if (taken > 0) occupy<<<taken, 32, kBusyBytes, busy>>>(1500000);
-        for (Side& side : sides) {
-          CHECK(cudaMemsetAsync(side.memory, 0xff, bytes / 4, side.stream));
-          CHECK(cudaMemsetAsync(side.gradients, 0xff, 3 * elements * 2, side.stream));
-        }
-        for (Side& side : sides) {
-          __nv_bfloat16* g = side.gradients;
-          a.dq = {g, S * H * D, D, H * D};
-          a.dk = {g + elements, S * H_kv * D, D, H_kv * D};
-          a.dv = {g + 2 * elements, S * H_kv * DV, DV, H_kv * DV};
-          const Workspace w =
-              workspace_for(a, variant.config, side.memory, bytes / 4, {true, run % 3});
-          RUN(prepare_wide_rows(a, w.plan, variant.config, w.buffers, side.stream));
-          RUN(variant.bf16(a, w.plan, w.buffers, side.stream));
-          RUN(finish_wide_dq(a, w.plan, variant.config, w.buffers, side.stream));
-        }
-        CHECK(cudaDeviceSynchronize());
-        for (const Side& side : sides) {
-          CHECK(cudaMemcpy(got.data(), side.gradients, got.size() * 2, cudaMemcpyDeviceToHost));
-          if (first.empty()) first = got;
-          different += got != first;
-        }
-      }
-      std::printf("(%s) mask %d: %d of %d runs differ\n", variant.name, mask, different, 2 * runs);
-      std::fflush(stdout);
-      failed += different;
-    }
-  }
-  return failed != 0;
-}
-
 // Median times of the three kernels, in microseconds.
 void time_us(const Variant& variant, const BackwardArgs& a, const Workspace& w, void* flush,
              size_t flush_bytes, int repeats, float (&median)[4]) {
@@ -383,7 +293,12 @@ int bench(const char* only, int shortest, int longest) {
   CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
   const size_t bytes = size_t{400} << 20;
   CHECK(cudaMalloc(&memory, bytes));
-  const Order orders[] = {{false, 0}, {true, 0}, {true, 1}, {true, 2}, {true, 4}};
+  // LAB_HEADS: how many heads to interleave, besides what a call does.
+  std::vector<Order> orders = {{false, 0}, {true, 0}};
+  if (const char* heads = std::getenv("LAB_HEADS"); heads != nullptr) {
+    std::istringstream all(heads);
+    for (int n; all >> n;) orders.push_back({true, n});
+  }
   std::printf("TFLOP/s of all three kernels, of the main one; us of the three\n");
   for (int causal = 0; causal < 2; ++causal) {
     for (int S = shortest; S <= longest; S *= 2) {
@@ -414,11 +329,12 @@ int bench(const char* only, int shortest, int longest) {
           uint64_t clock[4];
           CHECK(cudaMemcpyFromSymbol(clock, measured, sizeof clock));
           const double flop = 2e-6 * B * H * double(S) * S * (3 * D + 2 * DV) / (causal ? 2 : 1);
-          std::printf("%-6s S %5d (%-20s) %s %3u heads %5.0f %5.0f   %6.0f %6.0f %6.0f   %.0f MHz\n",
-                      causal ? "causal" : "full", S, variant.name,
-                      order.ordered ? "ordered  " : "any order", w.plan.section_heads,
-                      flop / us[3], flop / us[1], us[0], us[1], us[2],
-                      1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
+          std::printf(
+              "%-6s S %5d (%-20s) %s %3u heads %5.0f %5.0f   %6.0f %6.0f %6.0f   %.0f MHz\n",
+              causal ? "causal" : "full", S, variant.name,
+              order.ordered ? "ordered  " : "any order", w.plan.section_heads, flop / us[3],
+              flop / us[1], us[0], us[1], us[2],
+              1e3 * (clock[2] - clock[0]) / (clock[3] - clock[1]));
         }
       }
       std::fflush(stdout);
@@ -426,6 +342,8 @@ int bench(const char* only, int shortest, int longest) {
   }
   return 0;
 }
+
+#include "soak.cuh"
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "check";

@@ -83,7 +83,6 @@ bool runs_backward(const BackwardArgs& args, const Device&) {
   if (args.is_modified()) return false;
   const bool narrow = s.D <= kBackwardHeadDimMax && s.D_v <= kBackwardHeadDimMax;
   if (s.S_q < kRowsMin || (!narrow && !is_wide(s))) return false;
-  if (!narrow && args.deterministic) return false;
   const View* of_queries[] = {&args.q, &args.dq};
   const View* of_keys[] = {&args.k, &args.dk};
   const View* of_values[] = {&args.v, &args.dv};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the Hopper backward for wide heads keeps in the workspace.
+// How the Hopper backward for wide heads is cut into clusters, and what it keeps in the workspace.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/backward_plan.h"
 #include "cuda/hopper/backward_buffers.h"
@@ -16,11 +18,36 @@ struct WideBackwardBuffers {
   // fp32 sums of dQ before the scale, a tile after the other as dq_place has them.
   float* dq_sums = nullptr;
   // Where key tiles add in order: how many clusters have, for each query tile and each block's part
-  // of its dQ, see counter_place. 0 at the start. nullptr: they add in any order, and the sums are 0
-  // at the start.
+  // of its dQ, see counter_place. 0 at the start. nullptr: they add in any order, and the sums are
+  // 0 at the start.
   int32_t* added = nullptr;
   // Then also how many clusters have begun. 0 at the start.
   uint32_t* begun = nullptr;
 };
+
+// Whether key tiles add to a dQ in ascending order, for which they wait for each other.
+inline bool adds_in_order(const BackwardArgs& args) { return args.deterministic; }
+
+// Which heads are interleaved, so that their blocks run side by side.
+//
+// Under a mask, whose key tiles differ in length, those that fill the device once: the fewer they
+// are, the more of what their blocks share is in the L2 cache. Of few tiles all are, or long ones
+// would begin when there is nothing left to do beside them.
+//
+// Where key tiles add in order, each goes its way a step behind the one before: the more heads, the
+// fewer of one head run side by side and have to wait.
+inline BackwardPlan plan_wide_blocks(const BackwardArgs& args, bool ordered, int multiprocessors) {
+  BackwardPlan plan = plan_backward(args, WideBackwardConfig::tile_m,
+                                    WideBackwardConfig::kClusterKeys, multiprocessors);
+  const bool banded = args.mask.is_banded();
+  if (!banded && !ordered) return plan;
+  constexpr uint32_t kFewRounds = 8;
+  const auto clusters = static_cast<uint32_t>(multiprocessors) / WideBackwardConfig::kBlocks;
+  const uint32_t rounds = ordered && banded ? 2 : 1;
+  const bool few = banded && plan.blocks() <= int64_t{kFewRounds} * clusters;
+  const uint32_t heads = ceil_div(clusters * rounds, plan.kv_tiles);
+  plan.section_heads = few ? plan.heads : std::min(heads, plan.heads);
+  return plan;
+}
 
 }  // namespace online_attention::cuda::hopper

@@ -49,35 +49,15 @@ const Kernels& kernels_for(const BackwardArgs& args) {
   return args.mask.is_banded() ? bucket.masked : bucket.full;
 }
 
-// Under a mask, whose key tiles differ in length, the heads that fill the device once are
-// interleaved: the fewer they are, the more of what their blocks share is in the L2 cache. Of few
-// tiles all are, or long ones would begin when there is nothing left to do beside them.
-//
-// Where key tiles add in order, each goes its way a step behind the one before: the more heads, the
-// fewer of one head run side by side and have to wait.
-BackwardPlan plan_blocks(const BackwardArgs& args, int multiprocessors) {
-  BackwardPlan plan =
-      plan_backward(args, WideBackwardConfig::tile_m,
-                    WideBackwardConfig::kBlocks * WideBackwardConfig::kTileN, multiprocessors);
-  if (args.mask.is_banded()) {
-    const int clusters = multiprocessors / WideBackwardConfig::kBlocks;
-    constexpr int64_t kFewRounds = 8;
-    const bool few = int64_t{plan.heads} * plan.kv_tiles <= kFewRounds * clusters;
-    const auto filling = ceil_div(static_cast<uint32_t>(clusters), plan.kv_tiles);
-    plan.section_heads = few || filling >= plan.heads ? plan.heads : filling;
-  }
-  return plan;
-}
-
-// The sums of dQ, the terms of the rows, the counters of deterministic calls; every part begins on a
-// multiple of 256 bytes.
+// The sums of dQ, the terms of the rows, the counters of calls that add in order; every part begins
+// on a multiple of 256 bytes.
 struct Sizes {
   int64_t dq_sums, terms, counters;
 
   Sizes(const BackwardArgs& args, const WideBackwardConfig& config, const BackwardPlan& plan)
       : dq_sums(plan.dq_tiles() * config.dq_floats() * int64_t{sizeof(float)}),
         terms(plan.dq_tiles() * WideBackwardConfig::kTermsBytes),
-        counters(args.deterministic ? counter_bytes(plan) + int64_t{sizeof(uint32_t)} : 0) {}
+        counters(adds_in_order(args) ? counter_bytes(plan) + int64_t{sizeof(uint32_t)} : 0) {}
   static int64_t counter_bytes(const BackwardPlan& plan) {
     return counter_place(static_cast<uint32_t>(plan.dq_tiles()), 0) * int64_t{sizeof(int32_t)};
   }
@@ -105,14 +85,15 @@ bool is_wide(const Shape& shape) {
 }
 
 int64_t wide_backward_workspace_bytes(const BackwardArgs& args, const Device& device) {
-  const BackwardPlan plan = plan_blocks(args, device.multiprocessors);
+  const BackwardPlan plan = plan_wide_blocks(args, adds_in_order(args), device.multiprocessors);
   return Sizes(args, kernels_for(args).config, plan).total();
 }
 
 Status wide_backward(const BackwardArgs& args, const Launch& launch) {
   const Kernels& kernels = kernels_for(args);
   const WideBackwardConfig& config = kernels.config;
-  const BackwardPlan plan = plan_blocks(args, launch.device.multiprocessors);
+  const BackwardPlan plan =
+      plan_wide_blocks(args, adds_in_order(args), launch.device.multiprocessors);
   const WideBackwardBuffers buffers = Sizes(args, config, plan).in(launch.workspace);
   Status status = prepare_wide_rows(args, plan, config, buffers, launch.stream);
   if (status != kOk) return status;

@@ -20,6 +20,7 @@ __device__ __forceinline__ int cluster_rank() {
 
 // Of this block, in the cluster that is number `index` of the plan. Both of a cluster step through
 // the queries that see some of their keys.
+template <bool kMasked>
 __device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCall& call,
                                              uint32_t index) {
   constexpr int32_t kTileM = WideBackwardConfig::tile_m, kTileN = WideBackwardConfig::kTileN;
@@ -46,19 +47,19 @@ __device__ __forceinline__ void set_key_tile(KeyTile& tile, const WideBackwardCa
   // add in order they do by waiting.
   const bool ordered = call.buffers.added != nullptr;
   const auto apart = static_cast<uint32_t>(at.kv_tile) * uint64_t{static_cast<uint32_t>(end)};
-  if (mask.is_banded()) {
-    tile.q_tile_first = ordered ? end - 1 : begin;
+  if (ordered) {
+    tile.q_tile_first = kMasked ? end - 1 : begin;
   } else {
-    tile.q_tile_first = ordered ? 0 : static_cast<int32_t>(apart / call.plan.kv_tiles);
+    tile.q_tile_first = mask.is_banded() ? begin : static_cast<int32_t>(apart / call.plan.kv_tiles);
   }
 }
 
 // A step of a block: a query tile of one head. Heads of the group in turn, tiles in ascending order
 // from the first one on, then those before it.
 //
-// Where key tiles add in order under a mask, in descending order, so that those that see few queries
-// begin with what others have begun with; and all heads come to a query tile before the next: head
-// by head, those of fewer tiles would catch up with those that they have to wait for.
+// Where key tiles add in order under a mask, in descending order, so that those that see few
+// queries begin with what others have begun with; and all heads come to a query tile before the
+// next: head by head, those of fewer tiles would catch up with those that they have to wait for.
 struct WideBackwardStep {
   int32_t h, q_tile;
 

@@ -120,8 +120,8 @@ struct WideBackwardQueries : WarpgroupThread {
       float* target = call.buffers.dq_sums + step.tile_index(call, tile) * kConfig.dq_floats() +
                       warp() * (kConfig.boxes() * WideBackwardConfig::kDqWarpFloats);
       const Turn turn = turn_of(step, tile);
-      // Block 0 has the first boxes, block 1 the last ones, and the one in the middle in turns, which
-      // are those of the query tile: all clusters have to add a part to it in the same order.
+      // Block 0 has the first boxes, block 1 the last ones, and the one in the middle in turns,
+      // which are those of the query tile: all clusters have to add a part to it in the same order.
       const int rank = cluster_rank();
       if (kMiddle == 0 || (step.q_tile + step.h) % 2 == rank) {
         run_boxes<WideBackwardConfig::kDqBoxes>(

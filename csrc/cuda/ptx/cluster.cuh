@@ -29,14 +29,16 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// mbarrier.arrive.release.cluster.shared::cluster.b64 (PTX 8.0, sm_90): at a barrier of any block
-// of the cluster, see address_in.
+// mbarrier.arrive.relaxed.cluster.shared::cluster.b64 (PTX 8.0, sm_90): at a barrier of any block
+// of the cluster, see address_in. For who has read, by products or copies that it has waited for:
+// what it has written is not ordered before, as that would have it wait for all of its writes to
+// global memory.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
-#ifdef LAB_RELAXED
-  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+#ifdef LAB_RELEASE
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
 #else
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
 #endif
 }
