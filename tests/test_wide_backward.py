@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The Hopper backward kernel for wide heads: its layouts (csrc/cuda/hopper/wide_backward_config.h),
-what its threads write in one order another kernel reads in another. Gradients: test_gradients.py.
+what its threads write in one order another kernel reads in another, and its plan. Gradients:
+test_gradients.py, test_hopper_dq.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pytest
 SMEM_BYTES = 227 * 1024  # what a block may have
 SWIZZLED = 1024  # what tiles that the copy engine swizzles are multiples of
 TILE_M = 64
+CLUSTER_KEYS = 128
 
 
 @pytest.fixture(scope="module", params=range(6))
@@ -54,3 +56,37 @@ def test_tiles_lie_apart_in_shared_memory(config):
     assert offsets[-1] <= SMEM_BYTES
     assert all(offset % SWIZZLED == 0 for offset in offsets[:8])  # tiles; terms
     assert all(offset % 16 == 0 for offset in offsets[8:-1])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("multiprocessors", [2, 78, 132])
+@pytest.mark.parametrize(
+    ("B", "H_kv", "S_kv"), [(1, 1, 100), (2, 3, 700), (4, 16, 512), (1, 7, 5000), (3, 40, 2100)]
+)
+def test_key_tiles_of_a_head_begin_in_ascending_order(
+    whitebox: ModuleType,
+    deterministic: bool,
+    causal: bool,
+    multiprocessors: int,
+    B: int,
+    H_kv: int,
+    S_kv: int,
+):
+    """In order a cluster waits for those of the key tiles before its own: they must have begun."""
+    alignment = whitebox.Alignment.bottom_right
+    plan, ordered = whitebox.plan_wide_backward(
+        shape=whitebox.Shape(B=B, H=2 * H_kv, H_kv=H_kv, S_q=S_kv, S_kv=S_kv, D=256, D_v=256),
+        mask=whitebox.Mask.causal(S_kv, S_kv, alignment) if causal else whitebox.Mask.full(S_kv),
+        deterministic=deterministic,
+        multiprocessors=multiprocessors,
+    )
+    assert ordered or not deterministic
+    assert (plan.tile_m, plan.tile_n) == (TILE_M, CLUSTER_KEYS)
+    assert 1 <= plan.section_heads <= plan.heads
+    begun = dict.fromkeys(((b, h) for b in range(B) for h in range(H_kv)), 0)
+    for index in range(plan.blocks()):
+        at = plan.locate(index)
+        assert at.kv_tile == begun[at.b, at.h_kv]
+        begun[at.b, at.h_kv] += 1
+    assert set(begun.values()) == {plan.kv_tiles}

@@ -5,7 +5,8 @@
 //     csrc/cuda/hopper/tensor_map.cu csrc/cuda/hopper/wide_backward_rows.cu \
 //     csrc/cuda/backward_plan.cpp
 // Run: ./a.out check [cases]; ./a.out soak [runs]; ./a.out bench [part of a variant's name]
-//   [shortest S] [longest]; LAB_HEADS="1 2 3": with so many heads interleaved too, in order
+//   [shortest S] [longest]; LAB_HEADS="1 2 3": with so many heads interleaved too, in order;
+//   LAB_GROUP: H / H_kv; LAB_TOKENS: B * S
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -293,6 +294,11 @@ int bench(const char* only, int shortest, int longest) {
   CHECK(cudaMalloc(&lse, int64_t{16384} * 32 * 4));
   const size_t bytes = size_t{400} << 20;
   CHECK(cudaMalloc(&memory, bytes));
+  const auto number = [](const char* name, int otherwise) {
+    const char* text = std::getenv(name);
+    return text == nullptr ? otherwise : std::atoi(text);
+  };
+  const int group = number("LAB_GROUP", 1), tokens = number("LAB_TOKENS", 16384);
   // LAB_HEADS: how many heads to interleave, besides what a call does.
   std::vector<Order> orders = {{false, 0}, {true, 0}};
   if (const char* heads = std::getenv("LAB_HEADS"); heads != nullptr) {
@@ -307,15 +313,16 @@ int bench(const char* only, int shortest, int longest) {
         if (variant.causal != 2 && variant.causal != causal) continue;
         const int D = variant.config.head_dim;
         const int DV = variant.config.value_dim;
-        const int64_t B = 16384 / S, H = D == 256 ? 8 : 16;
+        const int64_t B = std::max(tokens / S, 1), H = D == 256 ? 8 : 16, H_kv = H / group;
         BackwardArgs a;
         a.dtype = DType::bf16;
-        a.shape = {B, H, H, S, S, D, DV};
+        a.shape = {B, H, H_kv, S, S, D, DV};
         View* views[8] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
         for (int i = 0; i < 8; ++i) {
           const bool of_values = i == 2 || i == 3 || i == 4 || i == 7;
-          const int64_t d = of_values ? DV : D;
-          *views[i] = {tensors[i], S * H * d, d, H * d};
+          const bool of_keys = i == 1 || i == 2 || i > 5;
+          const int64_t d = of_values ? DV : D, h = of_keys ? H_kv : H;
+          *views[i] = {tensors[i], S * h * d, d, h * d};
         }
         fill_constant<<<256, 256>>>(lse, int64_t{16384} * 32, std::log(float(S)) + 0.5f);
         a.lse = lse;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// csrc/cuda/hopper/wide_backward_config.h.
-#include "cuda/hopper/wide_backward_config.h"
+// csrc/cuda/hopper/wide_backward_config.h and wide_backward_buffers.h.
+#include "cuda/hopper/wide_backward_buffers.h"
 
 #include "module.h"
 
@@ -36,6 +36,22 @@ void bind_wide_backward(py::module_& module) {
         const oa::cuda::hopper::DqPlace at = oa::cuda::hopper::dq_place(c, index);
         return std::pair{at.query, at.column};
       });
+
+  // The plan, and whether key tiles add to dQ in order.
+  module.def(
+      "plan_wide_backward",
+      [](const oa::Shape& shape, const oa::Mask& mask, bool deterministic, int multiprocessors) {
+        oa::BackwardArgs args;  // without tensors
+        args.dtype = oa::DType::bf16;
+        args.shape = shape;
+        args.mask = mask;
+        args.deterministic = deterministic;
+        const bool ordered = oa::cuda::hopper::adds_in_order(args);
+        return std::tuple{oa::cuda::hopper::plan_wide_blocks(args, ordered, multiprocessors),
+                          ordered};
+      },
+      py::kw_only(), py::arg("shape"), py::arg("mask"), py::arg("deterministic"),
+      py::arg("multiprocessors"));
 
   module.def("wide_backward_configs", [] {
     return std::vector<WideBackwardConfig>{

@@ -35,7 +35,7 @@ inline bool adds_in_order(const BackwardArgs& args) { return args.deterministic;
 // would begin when there is nothing left to do beside them.
 //
 // Where key tiles add in order, each goes its way a step behind the one before: the more heads, the
-// fewer of one head run side by side and have to wait.
+// fewer of one head run side by side and have to wait. Beyond a few there is nothing to gain.
 inline BackwardPlan plan_wide_blocks(const BackwardArgs& args, bool ordered, int multiprocessors) {
   BackwardPlan plan = plan_backward(args, WideBackwardConfig::tile_m,
                                     WideBackwardConfig::kClusterKeys, multiprocessors);
@@ -43,9 +43,12 @@ inline BackwardPlan plan_wide_blocks(const BackwardArgs& args, bool ordered, int
   if (!banded && !ordered) return plan;
   constexpr uint32_t kFewRounds = 8;
   const auto clusters = static_cast<uint32_t>(multiprocessors) / WideBackwardConfig::kBlocks;
-  const uint32_t rounds = ordered && banded ? 2 : 1;
   const bool few = banded && plan.blocks() <= int64_t{kFewRounds} * clusters;
-  const uint32_t heads = ceil_div(clusters * rounds, plan.kv_tiles);
+  uint32_t heads = ceil_div(clusters, plan.kv_tiles);
+  if (ordered) {
+    constexpr uint32_t kHeadsMax = 8;
+    heads = std::min(banded ? ceil_div(2 * clusters, plan.kv_tiles) : heads, kHeadsMax);
+  }
   plan.section_heads = few ? plan.heads : std::min(heads, plan.heads);
   return plan;
 }

@@ -44,14 +44,9 @@ struct WideBackwardQueries : WarpgroupThread {
   };
   __device__ __forceinline__ Turn turn_of(const WideBackwardStep& step, const KeyTile& tile) const {
     if (call.buffers.added == nullptr) return {};
-    constexpr int32_t kTileM = WideBackwardConfig::tile_m;
-    int32_t place = tile.kv_begin / WideBackwardConfig::kClusterKeys;
-    if constexpr (kConfig.masked) {
-      const int32_t q_begin = step.q_tile * kTileM;
-      const int32_t q_end = min(q_begin + kTileM, static_cast<int32_t>(call.args.shape.S_q));
-      const KvRange keys = call.args.mask.kv_range(q_begin, q_end);
-      place -= keys.begin / WideBackwardConfig::kClusterKeys;
-    }
+    const auto s_q = static_cast<int32_t>(call.args.shape.S_q);
+    const int32_t kv_tile = tile.kv_begin / WideBackwardConfig::kClusterKeys;
+    const int32_t place = call.plan.turn_of(call.args.mask, s_q, step.q_tile, kv_tile);
     return {place, step.added(call, tile)};
   }
   __device__ __forceinline__ static bool has_come(const Turn& turn) {
@@ -116,10 +111,10 @@ struct WideBackwardQueries : WarpgroupThread {
     wait(smem.k_full(), 0);
 #pragma unroll 1
     for (int32_t n = 0; n < tile.steps; ++n) {
+      const Turn turn = turn_of(step, tile);
       wait(smem.ds_full(pair.stage), pair.phase);
       float* target = call.buffers.dq_sums + step.tile_index(call, tile) * kConfig.dq_floats() +
                       warp() * (kConfig.boxes() * WideBackwardConfig::kDqWarpFloats);
-      const Turn turn = turn_of(step, tile);
       // Block 0 has the first boxes, block 1 the last ones, and the one in the middle in turns,
       // which are those of the query tile: all clusters have to add a part to it in the same order.
       const int rank = cluster_rank();

@@ -34,13 +34,8 @@ __device__ __forceinline__ void cluster_sync() {
 // what it has written is not ordered before, as that would have it wait for all of its writes to
 // global memory.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
-#ifdef LAB_RELEASE
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-#else
   asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
-#endif
 }
 
 // mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 (PTX 8.0, sm_90): as mbarrier_try_wait,
