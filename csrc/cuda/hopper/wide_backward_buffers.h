@@ -25,8 +25,18 @@ struct WideBackwardBuffers {
   uint32_t* begun = nullptr;
 };
 
-// Whether key tiles add to a dQ in ascending order, for which they wait for each other.
-inline bool adds_in_order(const BackwardArgs& args) { return args.deterministic; }
+// Whether key tiles add to a dQ in ascending order. Then the first of them stores, so that nobody
+// clears the sums, but they wait for each other, so beside deterministic calls it is for those that
+// have few key tiles. Under a mask all heads of a group then come to a query tile before the next
+// one, which is better than head by head for more of them.
+inline bool adds_in_order(const BackwardArgs& args) {
+  constexpr int64_t kFewTiles = 4, kFewMasked = 8, kFewOfGroups = 64;  // docs/hopper_backward.md
+  const int64_t kv_tiles =
+      ceil_div<int64_t>(args.shape.S_kv, int64_t{WideBackwardConfig::kClusterKeys});
+  if (args.deterministic) return true;
+  if (!args.mask.is_banded()) return kv_tiles <= kFewTiles;
+  return kv_tiles <= (args.shape.group() > 1 ? kFewOfGroups : kFewMasked);
+}
 
 // Which heads are interleaved, so that their blocks run side by side.
 //
@@ -41,15 +51,16 @@ inline BackwardPlan plan_wide_blocks(const BackwardArgs& args, bool ordered, int
                                     WideBackwardConfig::kClusterKeys, multiprocessors);
   const bool banded = args.mask.is_banded();
   if (!banded && !ordered) return plan;
-  constexpr uint32_t kFewRounds = 8;
   const auto clusters = static_cast<uint32_t>(multiprocessors) / WideBackwardConfig::kBlocks;
-  const bool few = banded && plan.blocks() <= int64_t{kFewRounds} * clusters;
-  uint32_t heads = ceil_div(clusters, plan.kv_tiles);
+  uint32_t heads = ceil_div(banded && ordered ? 2 * clusters : clusters, plan.kv_tiles);
   if (ordered) {
-    constexpr uint32_t kHeadsMax = 8;
-    heads = std::min(banded ? ceil_div(2 * clusters, plan.kv_tiles) : heads, kHeadsMax);
+    constexpr uint32_t kHeadsMax = 8, kOfGroupsMax = 4;
+    heads = std::min(heads, plan.group > 1 ? kOfGroupsMax : kHeadsMax);
+  } else {
+    constexpr int64_t kFewRounds = 8;
+    if (plan.blocks() <= kFewRounds * clusters) heads = plan.heads;
   }
-  plan.section_heads = few ? plan.heads : std::min(heads, plan.heads);
+  plan.section_heads = std::min(heads, plan.heads);
   return plan;
 }
 
