@@ -58,7 +58,26 @@ def test_tiles_lie_apart_in_shared_memory(config):
     assert all(offset % 16 == 0 for offset in offsets[8:-1])
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+def plan_of(
+    whitebox: ModuleType,
+    *,
+    B: int = 1,
+    H_kv: int = 2,
+    group: int = 1,
+    S_kv: int,
+    causal: bool,
+    deterministic: bool,
+    multiprocessors: int = 132,
+):
+    alignment = whitebox.Alignment.bottom_right
+    mask = whitebox.Mask.causal(S_kv, S_kv, alignment) if causal else whitebox.Mask.full(S_kv)
+    shape = whitebox.Shape(B=B, H=H_kv * group, H_kv=H_kv, S_q=S_kv, S_kv=S_kv, D=256, D_v=256)
+    return whitebox.plan_wide_backward(
+        shape=shape, mask=mask, deterministic=deterministic, multiprocessors=multiprocessors
+    )
+
+
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("multiprocessors", [2, 78, 132])
 @pytest.mark.parametrize(
@@ -66,22 +85,25 @@ def test_tiles_lie_apart_in_shared_memory(config):
 )
 def test_key_tiles_of_a_head_begin_in_ascending_order(
     whitebox: ModuleType,
-    deterministic: bool,
+    group: int,
     causal: bool,
     multiprocessors: int,
     B: int,
     H_kv: int,
     S_kv: int,
 ):
-    """In order a cluster waits for those of the key tiles before its own: they must have begun."""
-    alignment = whitebox.Alignment.bottom_right
-    plan, ordered = whitebox.plan_wide_backward(
-        shape=whitebox.Shape(B=B, H=2 * H_kv, H_kv=H_kv, S_q=S_kv, S_kv=S_kv, D=256, D_v=256),
-        mask=whitebox.Mask.causal(S_kv, S_kv, alignment) if causal else whitebox.Mask.full(S_kv),
-        deterministic=deterministic,
+    """A cluster waits for those of the key tiles before its own: they must have begun."""
+    plan, ordered = plan_of(
+        whitebox,
+        B=B,
+        H_kv=H_kv,
+        group=group,
+        S_kv=S_kv,
+        causal=causal,
+        deterministic=True,
         multiprocessors=multiprocessors,
     )
-    assert ordered or not deterministic
+    assert ordered
     assert (plan.tile_m, plan.tile_n) == (TILE_M, CLUSTER_KEYS)
     assert 1 <= plan.section_heads <= plan.heads
     begun = dict.fromkeys(((b, h) for b in range(B) for h in range(H_kv)), 0)
@@ -90,3 +112,25 @@ def test_key_tiles_of_a_head_begin_in_ascending_order(
         assert at.kv_tile == begun[at.b, at.h_kv]
         begun[at.b, at.h_kv] += 1
     assert set(begun.values()) == {plan.kv_tiles}
+
+
+@pytest.mark.parametrize("B", [1, 200])  # no gradient depends on the batch
+@pytest.mark.parametrize(
+    ("S_kv", "group", "causal", "due"),
+    [
+        (512, 1, False, True),
+        (513, 1, False, False),
+        (512, 4, False, True),
+        (513, 4, False, False),
+        (1024, 1, True, True),
+        (1025, 1, True, False),
+        (8192, 2, True, True),
+        (8193, 2, True, False),
+    ],
+)
+def test_short_calls_add_in_order(
+    whitebox: ModuleType, B: int, S_kv: int, group: int, causal: bool, due: bool
+):
+    call = {"B": B, "group": group, "S_kv": S_kv, "causal": causal}
+    assert plan_of(whitebox, **call, deterministic=False)[1] is due
+    assert plan_of(whitebox, **call, deterministic=True)[1] is True

@@ -99,7 +99,7 @@ def load() -> ModuleType:
     headers = sorted(SOURCES.glob("*.h")) + sorted((CSRC / "core").glob("*.h"))
     headers += [source.with_suffix(".h") for source in COMPILED_WITH]
     headers.append(CSRC / "cpu" / "split_keys.h")
-    headers.append(CSRC / "cuda" / "hopper" / "config.h")
+    headers += sorted((CSRC / "cuda" / "hopper").glob("*.h"))
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     target = CACHE / cache_key(command, sources + headers) / f"whitebox{suffix}"
     if not target.exists():
