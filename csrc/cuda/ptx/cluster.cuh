@@ -22,11 +22,12 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// mbarrier.arrive.release.cluster.shared::cluster.b64 (PTX 8.0, sm_90): at a barrier of any block
-// of the cluster, see address_in.
+// mbarrier.arrive.shared::cluster.b64 (PTX 8.0, sm_90): at a barrier of any block of the cluster,
+// see address_in. Says that this thread has read what it read before. What it wrote is not made
+// visible to other blocks by it: for that, arrivals wait until all earlier accesses to memory have
+// ended.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 (PTX 8.0, sm_90): as mbarrier_try_wait,
