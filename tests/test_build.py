@@ -183,10 +183,10 @@ def forward_products(head_dim: int, keys: int, *, chained: bool) -> int:
 HOPPER_FORWARD_PRODUCTS = {
     "64": 2 * forward_products(64, 128, chained=True),
     "96": forward_products(96, 128, chained=True) + forward_products(96, 96, chained=False),
-    "128": forward_products(128, 128, chained=True) + forward_products(128, 80, chained=True),
-    "192_128": forward_products(192, 128, chained=False),
+    "128": 2 * forward_products(128, 128, chained=True) + forward_products(128, 80, chained=True),
+    "192_128": forward_products(192, 128, chained=False) + 192 // 16,  # S of the first keys alone
     "192": forward_products(192, 80, chained=True),
-    "256": forward_products(256, 80, chained=False),
+    "256": forward_products(256, 80, chained=False) + forward_products(256, 64, chained=False),
 }
 
 

@@ -47,6 +47,10 @@ SHAPES = [  # of tiles: short and long, masked and not
     Case("long-causal", 2100, 2100, D=64, H=2, mask=CAUSAL),
     Case("long-full", 700, 2100, D=128, H=3),
     Case("longer-causal", 300, 8200, D=128, H=1, mask=CAUSAL),
+    Case("first-keys-alone", 512, 512, D=192, D_v=128, H=3, mask=CAUSAL),
+    Case("first-keys-alone-cut", 500, 460, D=184, D_v=120, H=40, B=2, mask=CAUSAL),
+    Case("short-wide-causal", 960, 960, D=256, H=2, mask=CAUSAL),
+    Case("long-wide-causal", 1040, 1040, D=256, H=2, mask=CAUSAL),
 ]
 CHAINED = [  # more query tiles than blocks on a device of 132: a block goes from one to the next
     Case("chained-full", 300, 300, D=64, H=32, B=3),
@@ -143,6 +147,46 @@ def test_launches_behind_each_other_do_not_touch(target: Target):
         for mine, theirs in zip(ours, due, strict=True):
             assert_bitwise_equal(mine.out, theirs.out)
             assert_bitwise_equal(mine.lse, theirs.lse, "lse")
+
+
+COUNTED = Case("counted", 700, 700, D=64, H=32, mask=CAUSAL)  # more tiles than a device has blocks
+
+
+def test_streams_and_graphs_count_their_tiles_apart(target: Target):
+    inputs = COUNTED.inputs(target.dtype, target.device, target.head_dim)
+    due = attend(*inputs, COUNTED.mask)
+    graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=streams[0]):
+        captured = attend(*inputs, COUNTED.mask)
+    ours = []
+    for _ in range(20):
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                ours.append(attend(*inputs, COUNTED.mask))
+    torch.cuda.synchronize()
+    for mine in [*ours, captured]:
+        assert_bitwise_equal(mine.out, due.out)
+        assert_bitwise_equal(mine.lse, due.lse, "lse")
+
+
+def test_any_number_of_streams_may_come(target: Target):
+    """1024 of them have a counter of tiles of their own."""
+    inputs = COUNTED.inputs(target.dtype, target.device, target.head_dim)
+    due = attend(*inputs, COUNTED.mask)
+    torch.cuda.synchronize()
+    differs = torch.zeros((), dtype=torch.bool, device=target.device)
+    for _ in range(1100):
+        handle = torch.empty(1, dtype=torch.int64)
+        assert int(torch.cuda.cudart().cudaStreamCreate(handle.data_ptr())) == 0
+        with torch.cuda.stream(torch.cuda.ExternalStream(int(handle))):
+            ours = attend(*inputs, COUNTED.mask)
+            differs |= (ours.out != due.out).any() | (ours.lse != due.lse).any()
+        torch.cuda.synchronize()
+        assert int(torch.cuda.cudart().cudaStreamDestroy(int(handle))) == 0
+    assert not differs
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ class Kernel:
     skipped: Callable[[int, int], int]
     inspected: Callable[[int], bool]
     ends_chain: Callable[[], bool]
+    turns: bool
     published: dict[int, int] = field(default_factory=dict)  # by place: the query tile, -1: the end
 
     def __post_init__(self) -> None:
@@ -59,6 +60,7 @@ class Kernel:
         self.k_full, self.v_full = ring(self.stages, 1), ring(self.stages, 1)
         self.k_empty, self.v_empty = (ring(self.stages, self.consumers) for _ in range(2))
         self.v_landed = ring(self.stages, 1)
+        self.turn = 0  # whose it is
 
     def full(self, ring: list[Barrier], i: int, what: str) -> Process:
         return ring[i % len(ring)].wait(i // len(ring), f"{what} {i}")
@@ -126,8 +128,14 @@ class Kernel:
     def consumer(self, group: int) -> Process:
         i = 0  # key tiles whose scores are done
 
+        def pass_turn() -> Iterator[str]:
+            while self.turns and self.turn != group:
+                yield "turn"
+            self.turn = (group + 1) % self.consumers
+
         def scores(tile: int, left: int) -> Iterator[str]:
             yield from self.full(self.k_full, i, "keys")
+            yield from pass_turn()
             yield "product"
             self.k_empty[i % self.stages].arrive()
             if left == 1:
@@ -146,6 +154,7 @@ class Kernel:
                 self.k_empty[i % self.stages].arrive()
                 yield from self.full(self.v_full, i, "values left out")
                 out(i)
+                yield from pass_turn()
                 i, left = i + 1, left - 1
             yield from scores(tile, left)
             if running:
@@ -200,6 +209,7 @@ def main(runs: int) -> int:
             skipped=lambda tile, group, most=most * masked: max(0, most - group),
             inspected=lambda block, masked=masked: masked and block % 3 == 2,
             ends_chain=lambda order=order: order.random() < 0.2,
+            turns=order.random() < 0.5,
         )
         waits = hang(kernel, order)
         if waits is not None:

@@ -23,8 +23,8 @@ struct ForwardCall {
   // The queries [0, first_query) and [last_query, S_q) see no key and belong to no tile.
   int32_t first_query, last_query;
   float sign, scale_log2;
-  // How many tiles have been taken beyond the first of each block, 0 at the start; nullptr: blocks
-  // take turns.
+  // How many tiles have been taken beyond the first of each block, 0 at the start and again at the
+  // end; nullptr: blocks take turns.
   uint32_t* taken;
   SplitBuffers<float> partial;  // where the plan has more than one split
 };

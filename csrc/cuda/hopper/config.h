@@ -17,17 +17,23 @@ struct Tile {
   int32_t split;                   // of the keys; kv_blocks may be 0 where there are several
 };
 
-inline constexpr int kInspectorBarrier = 1;  // named (ptx::barrier_or); 0 is the block's
+// Named barriers (ids of ptx::barrier_sync); 0 is the block's.
+inline constexpr int kInspectorBarrier = 1;
+inline constexpr int kTurnBarrier = 2;  // and those that follow: a consumer's turn
 
 inline constexpr int kQBoxRows = 64;  // of a box of Q: a warpgroup's rows
 
 struct ForwardConfig {
-  int head_dim = 0;   // D is padded up to this inside the kernel
-  int value_dim = 0;  // D_v likewise
-  int tile_n = 0;     // keys of a tile
-  int consumers = 0;  // warpgroups that compute, of 64 query rows each
-  int stages = 0;     // tiles of keys, and as many of values, in shared memory
-  int q_stages = 0;   // query tiles there: one is computed, another may be on its way
+  int head_dim = 0;    // D is padded up to this inside the kernel
+  int value_dim = 0;   // D_v likewise
+  int tile_n = 0;      // keys of a tile
+  int consumers = 0;   // warpgroups that compute, of 64 query rows each
+  int stages = 0;      // tiles of keys, and as many of values, in shared memory
+  int q_stages = 0;    // query tiles there: one is computed, another may be on its way
+  bool turns = false;  // the consumers start their products in turns
+  // Of a query tile's first key tile, which the mask may cut, these keys are taken alone where the
+  // warpgroup's rows see no others; 0: never.
+  int first_keys = 0;
 
   static constexpr int kColumns = 64;            // of a box: 128 bytes, what a swizzled row holds
   static constexpr int kRowBytes = 128;          // of such a box
@@ -73,42 +79,64 @@ struct ForwardConfig {
     const int registers = consumers * consumer_registers() + producer_registers();
     // A chained consumer leaves out key tiles while the values before them are still to be used.
     const bool rings = !chained() || ceil_div(tile_m() - 64, tile_n) < stages;
-    return rings && smem_bytes() <= kSmemBytes && tile_n % 16 == 0 && registers * 128 <= 65536 &&
-           (consumers == 2 || consumers == 3);
+    // A product takes 16 keys at a time. Chained tiles were slower with first keys taken alone.
+    const bool first =
+        first_keys % 16 == 0 && first_keys < tile_n && (first_keys == 0 || !chained());
+    return rings && first && smem_bytes() <= kSmemBytes && tile_n % 16 == 0 &&
+           registers * 128 <= 65536 && (consumers == 2 || consumers == 3);
   }
 };
 
-// By head dims and rows of a query tile. What was measured of them stands in
-// docs/hopper_forward.md.
-template <int kHeadDim, int kValueDim, int kRows>
+// Which calls a row of kForward is for: any, longer ones, or ones with a mask (some of them:
+// forward_dispatch.cpp).
+enum class Calls { any, longer, masked };
+
+// By head dims and calls. What was measured of them stands in docs/hopper_forward.md.
+template <int kHeadDim, int kValueDim, Calls kCalls>
 inline constexpr ForwardConfig kForward = {};
 template <>
-inline constexpr ForwardConfig kForward<64, 64, 128> = {
+inline constexpr ForwardConfig kForward<64, 64, Calls::any> = {
     .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 2, .stages = 4, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<64, 64, 192> = {
+inline constexpr ForwardConfig kForward<64, 64, Calls::longer> = {
     .head_dim = 64, .value_dim = 64, .tile_n = 128, .consumers = 3, .stages = 4, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<96, 96, 128> = {
+inline constexpr ForwardConfig kForward<96, 96, Calls::any> = {
     .head_dim = 96, .value_dim = 96, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<96, 96, 192> = {
+inline constexpr ForwardConfig kForward<96, 96, Calls::longer> = {
     .head_dim = 96, .value_dim = 96, .tile_n = 96, .consumers = 3, .stages = 3, .q_stages = 1};
 template <>
-inline constexpr ForwardConfig kForward<128, 128, 128> = {
+inline constexpr ForwardConfig kForward<128, 128, Calls::any> = {
     .head_dim = 128, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<128, 128, 192> = {
+inline constexpr ForwardConfig kForward<128, 128, Calls::masked> = {.head_dim = 128,
+                                                                    .value_dim = 128,
+                                                                    .tile_n = 128,
+                                                                    .consumers = 2,
+                                                                    .stages = 2,
+                                                                    .q_stages = 2,
+                                                                    .turns = true};
+template <>
+inline constexpr ForwardConfig kForward<128, 128, Calls::longer> = {
     .head_dim = 128, .value_dim = 128, .tile_n = 80, .consumers = 3, .stages = 3, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<192, 128, 128> = {
-    .head_dim = 192, .value_dim = 128, .tile_n = 128, .consumers = 2, .stages = 2, .q_stages = 1};
+inline constexpr ForwardConfig kForward<192, 128, Calls::any> = {.head_dim = 192,
+                                                                 .value_dim = 128,
+                                                                 .tile_n = 128,
+                                                                 .consumers = 2,
+                                                                 .stages = 2,
+                                                                 .q_stages = 1,
+                                                                 .first_keys = 64};
 template <>
-inline constexpr ForwardConfig kForward<192, 192, 128> = {
+inline constexpr ForwardConfig kForward<192, 192, Calls::any> = {
     .head_dim = 192, .value_dim = 192, .tile_n = 80, .consumers = 2, .stages = 2, .q_stages = 2};
 template <>
-inline constexpr ForwardConfig kForward<256, 256, 128> = {
+inline constexpr ForwardConfig kForward<256, 256, Calls::any> = {
     .head_dim = 256, .value_dim = 256, .tile_n = 80, .consumers = 2, .stages = 2, .q_stages = 1};
+template <>
+inline constexpr ForwardConfig kForward<256, 256, Calls::masked> = {
+    .head_dim = 256, .value_dim = 256, .tile_n = 64, .consumers = 2, .stages = 2, .q_stages = 1};
 inline constexpr int64_t kHeadDimMax = 256;
 
 }  // namespace online_attention::cuda::hopper

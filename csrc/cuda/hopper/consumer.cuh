@@ -4,6 +4,7 @@
 
 #include "cuda/hopper/producer.cuh"
 #include "cuda/hopper/warpgroup_tile.cuh"
+#include "cuda/ptx/barrier.cuh"
 
 namespace online_attention::cuda::hopper {
 
@@ -66,7 +67,8 @@ struct Consumer {
     inspected = false;
   }
 
-  __device__ __forceinline__ void start_scores() {
+  template <int kCount>
+  __device__ __forceinline__ void start_scores(float (&scores)[kCount]) {
     rows.start_scores(scores, smem.q(q_stage()) + group * kConfig.q_rows_bytes(),
                       smem.k(stage_of(tiles)));
   }
@@ -86,11 +88,23 @@ struct Consumer {
   }
 
   // What comes before (E6).
-  __device__ __forceinline__ void prepare_scores() {
+  template <int kCount>
+  __device__ __forceinline__ void prepare_scores(float (&scores)[kCount]) {
     const bool cut = is_cut<kConfig>(tile(), kv);
     if (call.sign != 1) rows.scale_scores(scores, call.sign);
     if (cut) rows.hide(scores, call.args.mask, call.plan, tile().row_begin + 64 * group, kv);
     inspected = cut && call.args.mask.is_banded();
+  }
+
+  // With turns, a consumer starts the products of a key tile when the one before it has started
+  // its own. All have as many turns: a key tile left out is one too.
+  __device__ __forceinline__ void take_turn() const {
+    if (kConfig.turns) ptx::barrier_sync(kTurnBarrier + group, 2 * 128);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if (kConfig.turns) {
+      ptx::barrier_arrive(kTurnBarrier + (group + 1) % kConfig.consumers, 2 * 128);
+    }
   }
 
   // S = Q K^T of a key tile runs beside O += P V of the one before. `kPlain`: no mask cuts the
@@ -99,12 +113,14 @@ struct Consumer {
   __device__ __forceinline__ void step() {
     wait_keys();
     wait_values();
-    start_scores();
+    take_turn();
+    start_scores(scores);
     start_out(tiles - 1);
+    pass_turn();
     ptx::wgmma_wait<1>();
     ptx::held(scores);
     release_k();
-    if constexpr (!kPlain) prepare_scores();
+    if constexpr (!kPlain) prepare_scores(scores);
     const bool raised = rows.raise_maxima(scores, call.scale_log2);
     finish_out(tiles - 1);
     ask_ahead();
@@ -130,34 +146,50 @@ struct Consumer {
       if (speaks()) ptx::mbarrier_arrive(smem.k_empty(stage));
       wait(smem.v_full(stage), phase_of(tiles));
       if (speaks()) ptx::mbarrier_arrive(smem.v_empty(stage));
+      take_turn();
+      pass_turn();
       ++tiles;
       k_came = false;
       kv -= kConfig.tile_n;
     }
   }
 
-  // Where the query tile's key tiles begin for this warpgroup.
-  __device__ __forceinline__ void open_rows() {
+  // Where the query tile's key tiles begin for this warpgroup. Returns whether its rows see only
+  // the first keys there.
+  __device__ __forceinline__ bool open_rows() {
     kv_begin = tile().kv_begin;
     kv = kv_begin + (tile().kv_blocks - 1) * kConfig.tile_n;
-    skip_tiles(seen_end(tile()));
+    const int32_t end = seen_end(tile());
+    skip_tiles(end);
+    return kv + kConfig.first_keys >= end;
   }
 
   // The first key tile of a query tile, with no product of this warpgroup beside it.
   __device__ __forceinline__ void begin_rows() {
-    open_rows();
+    const bool first_alone = open_rows();
     rows.reset();
     wait_keys();
-    start_scores();
+    if (kConfig.first_keys > 0 && first_alone) {
+      typename Rows::FirstScores first;
+      begin_scores(first);
+    } else {
+      begin_scores(scores);
+    }
+    nonfinite = false;
+    ++tiles;
+  }
+  template <int kCount>
+  __device__ __forceinline__ void begin_scores(float (&scores)[kCount]) {
+    take_turn();
+    start_scores(scores);
+    pass_turn();
     ptx::wgmma_wait<0>();
     ptx::held(scores);
     release_k();
     ask_ahead();
-    prepare_scores();
+    prepare_scores(scores);
     rows.raise_to_tile(scores, call.scale_log2);
     rows.weigh(scores);
-    nonfinite = false;
-    ++tiles;
   }
 
   // No mask cuts the key tiles from here on up to plain_end of the query tile.
@@ -221,12 +253,14 @@ struct Consumer {
     ++opened;
     open_rows();
     wait_keys();
-    start_scores();
+    take_turn();
+    start_scores(scores);
     start_out(last);
+    pass_turn();
     ptx::wgmma_wait<1>();
     ptx::held(scores);
     release_k();
-    prepare_scores();
+    prepare_scores(scores);
     rows.reset_softmax();
     rows.raise_to_tile(scores, call.scale_log2);
     finish_out(last);
@@ -247,6 +281,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
+    if (group == kConfig.consumers - 1) pass_turn();
     for (;; ++opened) {
       wait_queries(opened);
       if (tile().row_begin < 0) return;

@@ -24,32 +24,42 @@ struct Bucket {
   LaunchKernel f16, bf16;
 };
 
-template <int kHeadDim, int kValueDim, int kRows>
+template <int kHeadDim, int kValueDim, Calls kCalls>
 constexpr Bucket bucket() {
-  return {kForward<kHeadDim, kValueDim, kRows>, launch_forward<__half, kHeadDim, kValueDim, kRows>,
-          launch_forward<__nv_bfloat16, kHeadDim, kValueDim, kRows>};
+  return {kForward<kHeadDim, kValueDim, kCalls>,
+          launch_forward<__half, kHeadDim, kValueDim, kCalls>,
+          launch_forward<__nv_bfloat16, kHeadDim, kValueDim, kCalls>};
 }
 
-// From small to large; the last one holds all that the registry sends. `tall` has more rows in a
-// query tile, for calls long enough to fill them.
+// For calls of head dims up to these.
 struct Buckets {
-  Bucket wide;
-  Bucket tall;
-  int64_t tall_from, tall_from_masked;  // S_kv
+  Bucket any;
+  Bucket masked;         // for calls with a mask and fewer keys than
+  int64_t masked_below;  // this
+  Bucket longer;         // for calls long enough to fill its query tiles: with so many keys or more
+  int64_t longer_from, longer_from_masked;
 };
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 template <int kHeadDim, int kValueDim>
 constexpr Buckets one_bucket() {
-  constexpr Bucket only = bucket<kHeadDim, kValueDim, 128>();
-  return {only, only, kNever, kNever};
+  constexpr Bucket only = bucket<kHeadDim, kValueDim, Calls::any>();
+  return {only, only, 0, only, kNever, kNever};
 }
+template <int kHeadDim>
+constexpr Buckets two_buckets(int64_t longer_from) {
+  constexpr Bucket any = bucket<kHeadDim, kHeadDim, Calls::any>();
+  return {any, any, 0, bucket<kHeadDim, kHeadDim, Calls::longer>(), longer_from, longer_from};
+}
+// From small to large; the last one holds all that the registry sends.
 constexpr Buckets kBuckets[] = {
-    {bucket<64, 64, 128>(), bucket<64, 64, 192>(), 2048, 2048},
-    {bucket<96, 96, 128>(), bucket<96, 96, 192>(), 2048, 2048},
-    {bucket<128, 128, 128>(), bucket<128, 128, 192>(), 2048, 8192},
+    two_buckets<64>(2048),
+    two_buckets<96>(2048),
+    {bucket<128, 128, Calls::any>(), bucket<128, 128, Calls::masked>(), kNever,
+     bucket<128, 128, Calls::longer>(), 2048, 8192},
     one_bucket<192, 128>(),
     one_bucket<192, 192>(),
-    one_bucket<256, 256>(),
+    {bucket<256, 256, Calls::any>(), bucket<256, 256, Calls::masked>(), 1024,
+     bucket<256, 256, Calls::any>(), kNever, kNever},
 };
 
 // Rows that a multiprocessor computes, one query tile after the other, with tiles of `m` rows.
@@ -62,15 +72,18 @@ const Bucket& bucket_for(const ForwardArgs& args, const Device& device) {
   const Shape& s = args.shape;
   const Buckets& buckets =
       *std::find_if(std::begin(kBuckets), std::end(kBuckets) - 1, [&](const Buckets& b) {
-        return s.D <= b.wide.config.head_dim && s.D_v <= b.wide.config.value_dim;
+        return s.D <= b.any.config.head_dim && s.D_v <= b.any.config.value_dim;
       });
-  const int64_t from = args.mask.is_banded() ? buckets.tall_from_masked : buckets.tall_from;
-  const int wide = buckets.wide.config.tile_m(), tall = buckets.tall.config.tile_m();
-  if (s.S_q <= wide || s.S_kv < from) return buckets.wide;
+  const bool masked = args.mask.is_banded();
+  const Bucket& usual = masked && s.S_kv < buckets.masked_below ? buckets.masked : buckets.any;
+  const int64_t from = masked ? buckets.longer_from_masked : buckets.longer_from;
+  const int rows = usual.config.tile_m(), more_rows = buckets.longer.config.tile_m();
+  if (s.S_q <= rows || s.S_kv < from) return usual;
   // Few tiles: those of more rows may leave more of the device idle in the last turn.
-  const bool idles = !args.batch_invariant && rows_in_turn(s, wide, device.multiprocessors) * 9 <
-                                                  rows_in_turn(s, tall, device.multiprocessors) * 8;
-  return idles ? buckets.wide : buckets.tall;
+  const bool idles =
+      !args.batch_invariant && rows_in_turn(s, rows, device.multiprocessors) * 9 <
+                                   rows_in_turn(s, more_rows, device.multiprocessors) * 8;
+  return idles ? usual : buckets.longer;
 }
 
 ForwardPlan plan_for(const ForwardArgs& args, const Device& device) {

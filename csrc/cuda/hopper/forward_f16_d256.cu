@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/hopper/forward_launch.cuh"
 
-template online_attention::Status
-online_attention::cuda::hopper::launch_forward<__half, 256, 256, 128>(const ForwardArgs&,
-                                                                      const Launch&);
+namespace online_attention::cuda::hopper {
+
+template Status launch_forward<__half, 256, 256, Calls::any>(const ForwardArgs&, const Launch&);
+template Status launch_forward<__half, 256, 256, Calls::masked>(const ForwardArgs&, const Launch&);
+
+}  // namespace online_attention::cuda::hopper

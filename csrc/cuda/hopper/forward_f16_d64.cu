@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/hopper/forward_launch.cuh"
 
-template online_attention::Status
-online_attention::cuda::hopper::launch_forward<__half, 64, 64, 128>(const ForwardArgs&,
-                                                                    const Launch&);
+namespace online_attention::cuda::hopper {
 
-template online_attention::Status
-online_attention::cuda::hopper::launch_forward<__half, 64, 64, 192>(const ForwardArgs&,
-                                                                    const Launch&);
+template Status launch_forward<__half, 64, 64, Calls::any>(const ForwardArgs&, const Launch&);
+template Status launch_forward<__half, 64, 64, Calls::longer>(const ForwardArgs&, const Launch&);
+
+}  // namespace online_attention::cuda::hopper

@@ -5,10 +5,11 @@
 
 #include "core/launch.h"
 #include "core/problem.h"
+#include "cuda/hopper/config.h"
 
 namespace online_attention::cuda::hopper {
 
-template <typename Element, int kHeadDim, int kValueDim, int kRows>
+template <typename Element, int kHeadDim, int kValueDim, Calls kCalls>
 Status launch_forward(const ForwardArgs& args, const Launch& launch);
 
 }  // namespace online_attention::cuda::hopper

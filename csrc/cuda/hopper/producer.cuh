@@ -17,7 +17,10 @@ namespace online_attention::cuda::hopper {
 // whoever is free, the longest first.
 __device__ __forceinline__ uint32_t next_index(const ForwardCall& call, uint32_t index) {
   if (call.taken == nullptr) return index + gridDim.x;
-  return gridDim.x + atomicAdd(call.taken, 1u);
+  const uint32_t taken = atomicAdd(call.taken, 1u);
+  // Every block asks until it gets none, so that there are as many answers as tiles.
+  if (taken + 1 == call.plan.tiles()) *call.taken = 0;
+  return gridDim.x + taken;
 }
 
 template <ForwardConfig kConfig>

@@ -39,6 +39,8 @@ struct WarpgroupTile : WarpgroupThread {
 
   // Those of one key tile: S, then exponents, then probabilities before rounding.
   using Scores = float[kScores];
+  // Of its first keys alone.
+  using FirstScores = float[kConfig.first_keys > 0 ? kConfig.first_keys / 2 : kScores];
 
   float out[kOuts];
   uint32_t p[kScores / 2];
@@ -46,8 +48,9 @@ struct WarpgroupTile : WarpgroupThread {
   float alpha[2];
   float factor;  // of the scores of this tile: scale_log2, or 1 if they have been multiplied
 
-  // Starts S = Q K^T.
-  __device__ __forceinline__ void start_scores(Scores& scores, uint32_t q, uint32_t k) {
+  // Starts S = Q K^T, of all or the first keys of the tile.
+  template <int kCount>
+  __device__ __forceinline__ void start_scores(float (&scores)[kCount], uint32_t q, uint32_t k) {
     start_rows_by_rows<Element, kConfig.head_dim, 64 * 128, kConfig.tile_n * 128>(scores, q, k);
   }
   // Starts O += P V.
@@ -55,9 +58,10 @@ struct WarpgroupTile : WarpgroupThread {
     start_registers_by_columns<Element, kConfig.tile_n, kConfig.tile_n * 128>(out, p, v);
   }
 
-  __device__ __forceinline__ void scale_scores(Scores& scores, float factor) {
+  template <int kCount>
+  __device__ __forceinline__ static void scale_scores(float (&scores)[kCount], float factor) {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) scores[i] = rounded_product(scores[i], factor);
+    for (int i = 0; i < kCount; ++i) scores[i] = rounded_product(scores[i], factor);
   }
 
   // Which of a thread's columns of a row, 8n + j as bit 2n + j, lie below `end`.
@@ -68,8 +72,9 @@ struct WarpgroupTile : WarpgroupThread {
   }
   // Hides what the mask hides: those scores become -inf, whatever they were.
   // `row_begin` is the warpgroup's first row.
-  __device__ __forceinline__ void hide(Scores& scores, const Mask& mask, const TilePlan& plan,
-                                       int32_t row_begin, int32_t kv) {
+  template <int kCount>
+  __device__ __forceinline__ void hide(float (&scores)[kCount], const Mask& mask,
+                                       const TilePlan& plan, int32_t row_begin, int32_t kv) {
     static_assert(kConfig.tile_n <= 128, "a word has a bit for each of the thread's columns");
     const int32_t kv_lane = kv + column();
 #pragma unroll
@@ -79,7 +84,7 @@ struct WarpgroupTile : WarpgroupThread {
       const uint32_t seen =
           columns_below(range.end - kv_lane) & ~columns_below(range.begin - kv_lane);
 #pragma unroll
-      for (int i = 2 * h; i < kScores; i += i % 2 == 0 ? 1 : 3) {
+      for (int i = 2 * h; i < kCount; i += i % 2 == 0 ? 1 : 3) {
         if ((seen >> (i / 4 * 2 + i % 2) & 1) == 0) scores[i] = -kInfinity<float>;
       }
     }
@@ -126,13 +131,14 @@ struct WarpgroupTile : WarpgroupThread {
     return raised;
   }
   // The same by floating-point maxima of whole rows, whatever they are.
-  __device__ __forceinline__ void raise_to_tile(Scores& scores, float scale_log2) {
+  template <int kCount>
+  __device__ __forceinline__ void raise_to_tile(float (&scores)[kCount], float scale_log2) {
     factor = scale_log2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float even = scores[2 * h], odd = scores[2 * h + 1];
 #pragma unroll
-      for (int n = 1; n < kConfig.tile_n / 8; ++n) {
+      for (int n = 1; n < kCount / 4; ++n) {
         even = max_of(even, scores[4 * n + 2 * h]);
         odd = max_of(odd, scores[4 * n + 2 * h + 1]);
       }
@@ -151,7 +157,8 @@ struct WarpgroupTile : WarpgroupThread {
   // (E7), (E8) Exponents, probabilities, sums and P of a key tile. Instructions are written in the
   // order in which they should be issued: an exponential takes 8 cycles of its pipe, and what
   // stands between two of them, for scores that come later or earlier, is free.
-  __device__ __forceinline__ void weigh(Scores& scores) {
+  template <int kCount>
+  __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
     constexpr int kLead = 8, kLag = 8;
     const float base[2] = {softmax[0].base(), softmax[1].base()};
     const auto exponent = [&](int i) { return fmaf(scores[i], factor, -base[i / 2 % 2]); };
@@ -162,13 +169,15 @@ struct WarpgroupTile : WarpgroupThread {
 #pragma unroll
     for (int i = 0; i < kLead; ++i) scores[i] = exponent(i);
 #pragma unroll
-    for (int i = 0; i < kScores + kLag; ++i) {
-      if (i < kScores) scores[i] = exp2_of(scores[i]);
-      if (i + kLead < kScores) scores[i + kLead] = exponent(i + kLead);
+    for (int i = 0; i < kCount + kLag; ++i) {
+      if (i < kCount) scores[i] = exp2_of(scores[i]);
+      if (i + kLead < kCount) scores[i + kLead] = exponent(i + kLead);
       if (i < kLag) continue;
       sums[i % 4] += scores[i - kLag];
       if (i % 2 != 0) round((i - kLag) / 2);
     }
+#pragma unroll
+    for (int pair = kCount / 2; pair < kScores / 2; ++pair) p[pair] = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) softmax[h].absorb(1, sums[2 * h] + sums[2 * h + 1]);
   }

@@ -29,13 +29,12 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// mbarrier.arrive.relaxed.cluster.shared::cluster.b64 (PTX 8.0, sm_90): at a barrier of any block
-// of the cluster, see address_in. For who has read, by products or copies that it has waited for:
-// what it has written is not ordered before, as that would have it wait for all of its writes to
-// global memory.
+// mbarrier.arrive.shared::cluster.b64 (PTX 8.0, sm_90): at a barrier of any block of the cluster,
+// see address_in. Says that this thread has read what it read before. What it wrote is not made
+// visible to other blocks by it: for that, arrivals wait until all earlier accesses to memory have
+// ended.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 (PTX 8.0, sm_90): as mbarrier_try_wait,
