@@ -45,21 +45,20 @@ inline bool adds_in_order(const BackwardArgs& args) {
 // would begin when there is nothing left to do beside them.
 //
 // Where key tiles add in order, each goes its way a step behind the one before: the more heads, the
-// fewer of one head run side by side and have to wait. Beyond a few there is nothing to gain, and
-// those of a group share much.
+// fewer of one head run side by side and have to wait. Beyond a few there is nothing to gain but
+// where all are there at once, and those of a group share much.
 inline BackwardPlan plan_wide_blocks(const BackwardArgs& args, bool ordered, int multiprocessors) {
   BackwardPlan plan = plan_backward(args, WideBackwardConfig::tile_m,
                                     WideBackwardConfig::kClusterKeys, multiprocessors);
   const bool banded = args.mask.is_banded();
   if (!banded && !ordered) return plan;
+  constexpr int64_t kFewRounds = 8, kAtOnceRounds = 2;
+  constexpr uint32_t kHeadsMax = 8, kOfGroupsMax = 4;
   const auto clusters = static_cast<uint32_t>(multiprocessors) / WideBackwardConfig::kBlocks;
-  constexpr int64_t kFewRounds = 8;
-  const bool few = banded && plan.blocks() <= kFewRounds * clusters;
-  uint32_t heads = ceil_div(banded && ordered ? 2 * clusters : clusters, plan.kv_tiles);
-  if (few && (!ordered || plan.group == 1)) {
-    heads = plan.heads;
-  } else if (ordered) {
-    constexpr uint32_t kHeadsMax = 8, kOfGroupsMax = 4;
+  const bool few = plan.blocks() <= kFewRounds * clusters;
+  uint32_t heads = ceil_div(ordered && banded ? 2 * clusters : clusters, plan.kv_tiles);
+  if (few) heads = plan.heads;
+  if (ordered && plan.blocks() > kAtOnceRounds * clusters) {
     heads = std::min(heads, plan.group > 1 ? kOfGroupsMax : kHeadsMax);
   }
   plan.section_heads = std::min(heads, plan.heads);
