@@ -8,6 +8,7 @@ namespace whitebox {
 
 void bind_hopper_forward(py::module_& module) {
   using online_attention::ForwardArgs;
+  using online_attention::cuda::hopper::Calls;
   using online_attention::cuda::hopper::ForwardPlan;
   using online_attention::cuda::hopper::kForward;
 
@@ -20,7 +21,7 @@ void bind_hopper_forward(py::module_& module) {
 
   // With tiles of 128 queries and 128 keys.
   module.def("plan_hopper_forward", [](const ForwardArgs& args, int multiprocessors) {
-    return online_attention::cuda::hopper::plan_forward(args, kForward<128, 128, 128>,
+    return online_attention::cuda::hopper::plan_forward(args, kForward<128, 128, Calls::any>,
                                                         multiprocessors);
   });
 }
