@@ -353,7 +353,8 @@ int bench(const char* only, int shortest, int longest) {
   CHECK(cudaMalloc(&flush, flush_bytes));
   Problem problem;
   const char* grid = std::getenv("LAB_GRID");
-  const char* group = std::getenv("LAB_GROUP");
+  const char* of_group = std::getenv("LAB_GROUP");
+  const int64_t group = of_group == nullptr ? 1 : std::atoi(of_group);
   const char* ways = std::getenv("LAB_WAYS");
   std::printf("TFLOP/s of all kernels, of all but prepare_rows; us of prepare_rows, of all\n");
   for (int causal = 0; causal < 2; ++causal) {
@@ -362,15 +363,13 @@ int bench(const char* only, int shortest, int longest) {
         if (only != nullptr && std::strstr(variant.name, only) == nullptr) continue;
         if (variant.causal != 2 && variant.causal != causal) continue;
         const int D = variant.config.head_dim;
-        const int64_t B = 16384 / S, H = 2048 / D;
+        const int64_t B = 16384 / S, H_kv = 2048 / D / group, H = H_kv * group;
         // In any order, as the library would, deterministic.
         for (int way = 0; way < (ways == nullptr ? 3 : std::atoi(ways)); ++way) {
           any_order = way == 0;
-          const BackwardArgs a = problem.args(B, H, group == nullptr ? H : H / std::atoi(group), S,
-                                              D, causal, way == 2);
+          const BackwardArgs a = problem.args(B, H, H_kv, S, D, causal, way == 2);
           const Workspace w = workspace_for(a, variant.config, problem.memory, problem.bytes);
-          grid_limit =
-              grid != nullptr ? std::atoi(grid) : blocks_of(a, w.plan, variant.config, 132);
+          grid_limit = grid != nullptr ? std::atoi(grid) : blocks_of(w.plan, 132);
           float us[2];
           time_us(variant, a, w, flush, flush_bytes, S >= 8192 ? 5 : 9, us);
           uint64_t clock[4];

@@ -67,7 +67,7 @@ void bind_hopper_backward(py::module_& module) {
         args.deterministic = deterministic;
         const auto plan = oa::cuda::hopper::plan_blocks(args, config, multiprocessors);
         return std::tuple{plan, oa::cuda::hopper::adds_in_order(args, plan),
-                          oa::cuda::hopper::blocks_of(args, plan, config, multiprocessors)};
+                          oa::cuda::hopper::blocks_of(plan, multiprocessors)};
       },
       py::kw_only(), py::arg("config"), py::arg("shape"), py::arg("mask"), py::arg("deterministic"),
       py::arg("multiprocessors"));

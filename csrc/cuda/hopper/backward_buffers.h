@@ -47,10 +47,12 @@ ONLINE_ATTENTION_HD IndexRange adders_of(const BackwardArgs& args, const Backwar
 // clears the sums, and under a mask the last one writes dQ. For that they wait for each other, so
 // beside deterministic calls it is for those that have few key tiles.
 inline bool adds_in_order(const BackwardArgs& args, const BackwardPlan& plan) {
-  constexpr uint32_t kFewTiles = 4, kFewOfGroups = 32;  // measured: docs/hopper_backward.md
+  // Measured: docs/hopper_backward.md.
+  constexpr uint32_t kFew = 8, kFewOfGroups = 4, kFewMasked = 4, kFewMaskedOfGroups = 32;
   if (args.deterministic) return true;
-  if (!args.mask.is_banded()) return plan.kv_tiles <= kFewTiles;
-  return plan.kv_tiles <= (plan.group > 1 ? kFewOfGroups : kFewTiles * 128 / plan.tile_m);
+  const bool grouped = plan.group > 1;
+  if (!args.mask.is_banded()) return plan.kv_tiles <= (grouped ? kFewOfGroups : kFew);
+  return plan.kv_tiles <= (grouped ? kFewMaskedOfGroups : kFewMasked * 128 / plan.tile_m);
 }
 
 // Finishing takes as long as adding. Under a mask each key tile does it for few query tiles;
@@ -60,12 +62,8 @@ inline bool is_finished_by_last(const BackwardArgs& args, const BackwardPlan& pl
 }
 
 // Blocks go from key tile to key tile, so that the first Q and dO of one come while the one before
-// is computed. Where those of a call without a mask add in order, new ones are faster at D 128.
-inline int64_t blocks_of(const BackwardArgs& args, const BackwardPlan& plan,
-                         const BackwardConfig& config, int multiprocessors) {
-  if (config.head_dim > 96 && adds_in_order(args, plan) && !args.mask.is_banded()) {
-    return plan.blocks();
-  }
+// is computed.
+inline int64_t blocks_of(const BackwardPlan& plan, int multiprocessors) {
   return std::min<int64_t>(plan.blocks(), multiprocessors);
 }
 

@@ -49,6 +49,9 @@ struct BackwardConfig {
   bool turns = false;
   // V lies in registers, from where it is multiplied; costs head_dim / 4 of them.
   bool held_values = false;
+  // A copy of the step's code for each stage, so that addresses of stages take no registers; no
+  // product runs on into the next step.
+  bool staged_steps = false;
 
   static constexpr int kGroups = 2;  // warpgroups that compute, of 64 keys each
   static constexpr int kTileN = 64 * kGroups;
@@ -91,6 +94,11 @@ struct BackwardConfig {
   }
   ONLINE_ATTENTION_HD constexpr int terms_bytes() const { return tile_m * 4; }
 
+  // Bytes of the sums of dQ that are finished here, of a query tile: masked calls do that.
+  ONLINE_ATTENTION_HD constexpr int sums_bytes() const {
+    return masked ? 4 * kGroups * dq_warp_bytes() : 0;
+  }
+
   // Offsets: K, V, Q, dO, dS, dQ, the sums of dQ, the terms of the query rows (lse, delta), marks
   // of the keys, barriers of 8 bytes each, KeyTiles, DqTasks, QuerySteps.
   ONLINE_ATTENTION_HD constexpr int v_offset() const { return kv_bytes(); }
@@ -103,9 +111,7 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int sums_offset() const {
     return dq_offset() + 4 * kGroups * dq_warp_bytes();
   }
-  ONLINE_ATTENTION_HD constexpr int terms_offset() const {
-    return sums_offset() + 4 * kGroups * dq_warp_bytes();
-  }
+  ONLINE_ATTENTION_HD constexpr int terms_offset() const { return sums_offset() + sums_bytes(); }
   ONLINE_ATTENTION_HD constexpr int marks_offset() const {
     return terms_offset() + 2 * kStages * terms_bytes();
   }
@@ -170,7 +176,7 @@ inline constexpr BackwardConfig kBackward<64, true> = {
     .head_dim = 64, .tile_m = 128, .masked = true};
 template <>
 inline constexpr BackwardConfig kBackward<96, false> = {
-    .head_dim = 96, .tile_m = 64, .turns = true, .held_values = true};
+    .head_dim = 96, .tile_m = 80, .turns = true, .staged_steps = true};
 template <>
 inline constexpr BackwardConfig kBackward<96, true> = {.head_dim = 96,
                                                        .tile_m = 64,
@@ -180,7 +186,7 @@ inline constexpr BackwardConfig kBackward<96, true> = {.head_dim = 96,
                                                        .held_values = true};
 template <>
 inline constexpr BackwardConfig kBackward<128, false> = {
-    .head_dim = 128, .tile_m = 64, .turns = true};
+    .head_dim = 128, .tile_m = 80, .turns = true, .staged_steps = true};
 template <>
 inline constexpr BackwardConfig kBackward<128, true> = {
     .head_dim = 128, .tile_m = 64, .masked = true, .split_steps = true, .turns = true};

@@ -135,11 +135,13 @@ struct BackwardConsumer {
   //     dP^T under the exponentials, dV, dQ and dK under the additions to dQ.
   // The first step computes a dQ of what lies there and drops it: ptxas lets no product run on from
   // one copy of the step into another.
-  template <Steps kSteps>
+  //
+  // kStage: the step's, where the copy is for one stage, else -1.
+  template <Steps kSteps, int kStage>
   __device__ __forceinline__ void run_step(typename Tile::Rounded& ds_rounded) {
-    constexpr bool kMayBeCut = kSteps != Steps::plain, kDrained = kSteps == Steps::cut;
+    constexpr bool kMayBeCut = kSteps != Steps::plain, kDrained = is_drained(kSteps);
     const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
-    const int stage = stage_of(index), last = stage ^ 1;
+    const int stage = kStage >= 0 ? kStage : stage_of(index), last = stage ^ 1;
     const uint32_t phase = phase_of(index);
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
     typename Tile::Rounded p_rounded;
@@ -190,12 +192,14 @@ struct BackwardConsumer {
     ptx::held(p_rounded);
     release(smem.dout_empty(stage));
     if (cleared) add_nonfinite_dout();
+    // Before dQ is handed on where registers are scarce.
+    if constexpr (kConfig.staged_steps) finish_dk(ds_rounded);
     ptx::held(dq);
     if (!first) {
       release(smem.ds_empty(last));
       hand_on(dq);
     }
-    if constexpr (kDrained) finish_dk(ds_rounded);
+    if constexpr (kDrained && !kConfig.staged_steps) finish_dk(ds_rounded);
     ++index;
     first = false;
   }
@@ -223,14 +227,24 @@ struct BackwardConsumer {
   __device__ __forceinline__ bool goes_on(uint32_t end) const {
     return index < (kConfig.boxes() > 1 && !kConfig.masked ? tile().end : end);
   }
+  // Whether every product of a step ends in it.
+  __device__ __forceinline__ static constexpr bool is_drained(Steps steps) {
+    return steps == Steps::cut || kConfig.staged_steps;
+  }
   template <Steps kSteps>
   __device__ __forceinline__ void run_steps(uint32_t end) {
     typename Tile::Rounded ds_rounded;  // the A operand of the last dK += dS^T Q
 #pragma unroll 1
     do {
-      run_step<kSteps>(ds_rounded);
+      if constexpr (!kConfig.staged_steps) {
+        run_step<kSteps, -1>(ds_rounded);
+      } else if (stage_of(index) == 0) {
+        run_step<kSteps, 0>(ds_rounded);
+      } else {
+        run_step<kSteps, 1>(ds_rounded);
+      }
     } while (goes_on(end) && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
-    if (kSteps != Steps::cut) finish_dk(ds_rounded);
+    if constexpr (!is_drained(kSteps)) finish_dk(ds_rounded);
   }
 
   __device__ __forceinline__ void run() {

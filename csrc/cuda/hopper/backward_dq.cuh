@@ -51,9 +51,9 @@ struct DqWriter {
         while (ptx::load_acquire(added(task)) != task.place) __nanosleep(64);
       }
       __syncwarp();
-      if (task.place == task.last) prepare_sums(task);
+      if (finishes(task)) prepare_sums(task);
       wait(smem.dq_full(group()), phases % 2);
-      if (task.place == task.last) {
+      if (finishes(task)) {
         finish(task);
       } else if (speaks()) {
         add(task);
@@ -62,6 +62,11 @@ struct DqWriter {
       if (speaks()) ptx::mbarrier_arrive(smem.task_empty(phases));
     }
     if (speaks()) ptx::tma_store_wait_read<0>();  // shared memory must outlive the stores
+  }
+
+  // Whether nobody else adds; calls without a mask have a kernel for what is left to do then.
+  __device__ __forceinline__ static bool finishes(const DqTask& task) {
+    return kConfig.masked && task.place == task.last;
   }
 
   // One thread.

@@ -60,7 +60,7 @@ Status launch_backward(const BackwardArgs& args, const BackwardPlan& plan,
   if (plan.blocks() > TilePlan::kMaxTiles)
     return "the call has more than 2^31 key tiles: split its batch";
   return launch(hopper_backward_kernel<Element, kHeadDim, kMasked>,
-                blocks_of(args, plan, kConfig, on.device.multiprocessors), BackwardConfig::kThreads,
+                blocks_of(plan, on.device.multiprocessors), BackwardConfig::kThreads,
                 kConfig.smem_bytes(), on.stream, call);
 }
 
