@@ -24,6 +24,13 @@ struct QueryStep {
   int32_t h, q_tile;
 };
 
+// One as the consumers find it.
+struct LoadedStep : QueryStep {
+  // In masked calls, whether the mask hides some of its pairs, 0 or 1; that of the key tile's next
+  // step, or -1: there is none.
+  int32_t cut, next;
+};
+
 // A step's addition to dQ: which query tile, and how many key tiles add to it before and after.
 struct DqTask {
   uint32_t index;  // among the query tiles of all heads
@@ -40,10 +47,9 @@ inline constexpr int kGradientBoxRows = 16;  // of a box of dK or dV: a warp's r
 inline constexpr int kDqColumns = 16;        // of dQ, a warp's
 
 struct BackwardConfig {
-  int head_dim = 0;          // D and D_v are padded up to this inside the kernel
-  int tile_m = 0;            // queries of a step
-  bool masked = false;       // whether the call may have a mask besides the lengths
-  bool split_steps = false;  // steps that the mask cuts have code of their own
+  int head_dim = 0;     // D and D_v are padded up to this inside the kernel
+  int tile_m = 0;       // queries of a step
+  bool masked = false;  // whether the call may have a mask besides the lengths
   // The groups take turns to compute S and P, so that one has products while the other has
   // exponentials.
   bool turns = false;
@@ -100,7 +106,7 @@ struct BackwardConfig {
   }
 
   // Offsets: K, V, Q, dO, dS, dQ, the sums of dQ, the terms of the query rows (lse, delta), marks
-  // of the keys, barriers of 8 bytes each, KeyTiles, DqTasks, QuerySteps.
+  // of the keys, barriers of 8 bytes each, KeyTiles, DqTasks, LoadedSteps.
   ONLINE_ATTENTION_HD constexpr int v_offset() const { return kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int q_offset() const { return 2 * kv_bytes(); }
   ONLINE_ATTENTION_HD constexpr int dout_offset() const { return q_offset() + kStages * q_bytes(); }
@@ -118,6 +124,7 @@ struct BackwardConfig {
   ONLINE_ATTENTION_HD constexpr int barrier_offset() const { return marks_offset() + kTileN * 4; }
   static constexpr int kTiles = 4;  // one is stored, one computed, one on its way
   static constexpr int kTasks = 2;  // DqTasks: one is done, one is next
+  static constexpr int kSteps = 4;  // LoadedSteps: one ends, one is computed, one waits for room
   static constexpr int kBarriers = 7 + 6 * kStages + 3 * kGroups + 2 * kTasks;
   ONLINE_ATTENTION_HD constexpr int tile_offset() const {
     return barrier_offset() + (kBarriers + 1) / 2 * 16;
@@ -129,7 +136,7 @@ struct BackwardConfig {
     return task_offset() + kTasks * static_cast<int>(sizeof(DqTask));
   }
   ONLINE_ATTENTION_HD constexpr int smem_bytes() const {
-    return step_offset() + kStages * static_cast<int>(sizeof(QueryStep));
+    return step_offset() + kSteps * static_cast<int>(sizeof(LoadedStep));
   }
 
   ONLINE_ATTENTION_HD constexpr bool fits() const {
@@ -139,8 +146,7 @@ struct BackwardConfig {
     return ds_warp_bytes() >= rows_bytes && dq_warp_bytes() >= rows_bytes &&
            ds_warp_bytes() % 1024 == 0 && dq_warp_bytes() % 1024 == 0 &&
            smem_bytes() <= kSmemBytes && tile_m % 16 == 0 && head_dim % 16 == 0 &&
-           dq_queries() % 16 == 0 && (masked || !split_steps) && boxes() <= kGroups &&
-           registers * 128 <= 65536;
+           dq_queries() % 16 == 0 && boxes() <= kGroups && registers * 128 <= 65536;
   }
 
   // Where the terms of the rows of a tile lie, so that a thread reads those of its columns of S^T
@@ -173,23 +179,19 @@ inline constexpr BackwardConfig kBackward<64, false> = {
     .head_dim = 64, .tile_m = 128, .turns = true};
 template <>
 inline constexpr BackwardConfig kBackward<64, true> = {
-    .head_dim = 64, .tile_m = 128, .masked = true};
+    .head_dim = 64, .tile_m = 128, .masked = true, .turns = true, .staged_steps = true};
 template <>
 inline constexpr BackwardConfig kBackward<96, false> = {
     .head_dim = 96, .tile_m = 80, .turns = true, .staged_steps = true};
 template <>
-inline constexpr BackwardConfig kBackward<96, true> = {.head_dim = 96,
-                                                       .tile_m = 64,
-                                                       .masked = true,
-                                                       .split_steps = true,
-                                                       .turns = true,
-                                                       .held_values = true};
+inline constexpr BackwardConfig kBackward<96, true> = {
+    .head_dim = 96, .tile_m = 64, .masked = true, .turns = true, .held_values = true};
 template <>
 inline constexpr BackwardConfig kBackward<128, false> = {
     .head_dim = 128, .tile_m = 80, .turns = true, .staged_steps = true};
 template <>
 inline constexpr BackwardConfig kBackward<128, true> = {
-    .head_dim = 128, .tile_m = 64, .masked = true, .split_steps = true, .turns = true};
+    .head_dim = 128, .tile_m = 64, .masked = true, .turns = true};
 inline constexpr int64_t kBackwardHeadDimMax = 128;
 
 }  // namespace online_attention::cuda::hopper

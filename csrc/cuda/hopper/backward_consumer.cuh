@@ -9,9 +9,9 @@
 
 namespace online_attention::cuda::hopper {
 
-// What is known of the steps that a copy of their code runs: no mask cuts them, it cuts all, or
-// each has to be asked.
-enum class Steps { plain, cut, either };
+// The steps that a copy of their code runs: those that no mask cuts, and those where more is to be
+// done about hidden pairs and Inf and NaN.
+enum class Steps { plain, cut };
 
 template <typename Element, BackwardConfig kConfig>
 struct BackwardConsumer {
@@ -23,10 +23,11 @@ struct BackwardConsumer {
   const Map& smem;
   int group;  // 0 or 1
   Tile keys;
-  uint32_t index = 0;   // of the step, over all key tiles
-  uint32_t tiles = 0;   // key tiles that are done
-  bool first;           // whether it is the first step of its key tile
-  bool marked = false;  // whether some key of the block held Inf or NaN
+  uint32_t index = 0;    // of the step, over all key tiles
+  uint32_t tiles = 0;    // key tiles that are done
+  bool first;            // whether it is the first step of its key tile
+  bool adds_dk = false;  // whether dK += dS^T Q of the last step is still to end
+  bool marked = false;   // whether some key of the block held Inf or NaN
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
   __device__ __forceinline__ static int thread() {  // of both consumers'
@@ -34,7 +35,7 @@ struct BackwardConsumer {
   }
   __device__ __forceinline__ const KeyTile& tile() const { return smem.tile(tiles); }
   // Of this step, once its queries have come.
-  __device__ __forceinline__ const QueryStep& step() const { return smem.step(stage_of(index)); }
+  __device__ __forceinline__ const LoadedStep& step() const { return smem.step(index); }
   __device__ __forceinline__ static void wait_for_consumers() {
     ptx::barrier_sync(kConsumersBarrier, kThreads);
   }
@@ -113,9 +114,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ bool is_cut() const {
     if (marked) return true;
     wait(smem.q_full(stage_of(index)), phase_of(index));
-    const KeyTile& of = tile();
-    const int32_t q_begin = step().q_tile * kConfig.tile_m;
-    return q_begin < of.plain_begin || q_begin + kConfig.tile_m > of.plain_end;
+    return step().cut != 0;
   }
 
   // Hands this warp's part of the last step's dQ to the DqWriter.
@@ -139,8 +138,7 @@ struct BackwardConsumer {
   // kStage: the step's, where the copy is for one stage, else -1.
   template <Steps kSteps, int kStage>
   __device__ __forceinline__ void run_step(typename Tile::Rounded& ds_rounded) {
-    constexpr bool kMayBeCut = kSteps != Steps::plain, kDrained = is_drained(kSteps);
-    const bool cut = kSteps == Steps::cut || (kSteps == Steps::either && is_cut());
+    constexpr bool kCut = kSteps == Steps::cut, kDrained = is_drained(kSteps);
     const int stage = kStage >= 0 ? kStage : stage_of(index), last = stage ^ 1;
     const uint32_t phase = phase_of(index);
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
@@ -153,13 +151,13 @@ struct BackwardConsumer {
       ptx::held(keys.dk);
       ptx::held(ds_rounded);
     }
-    if (!first) release(smem.q_empty(last));
+    if (!kDrained && still_adds_dk()) release(smem.q_empty(last));
     start_weight_gradients(ds, stage);
     ptx::wgmma_wait<1>();
     ptx::held(p);
-    if (kMayBeCut && marked) keys.add_key_marks(p, smem.mark(64 * group));
+    if (kCut && marked) keys.add_key_marks(p, smem.mark(64 * group));
     keys.weigh(p, call.factor_log2, smem.lse2(stage));
-    if (cut) {
+    if constexpr (kCut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
                 step().q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
     }
@@ -172,9 +170,9 @@ struct BackwardConsumer {
     ptx::wgmma_wait<0>();
     ptx::held(ds);
     bool cleared = false;
-    if (cut && call.args.mask.is_banded()) cleared = clear_nonfinite_queries(stage);
+    if constexpr (kCut) cleared = clear_nonfinite_queries(stage);
     keys.subtract_delta(ds, p, smem.delta(stage));
-    if (cut) keys.drop_without_weight(ds, p);
+    if constexpr (kCut) keys.drop_without_weight(ds, p);
     keys.round(p_rounded, p);
     keys.round(ds_rounded, ds);
     if constexpr (!kConfig.turns) wait(smem.ds_empty(stage), phase ^ 1);
@@ -193,15 +191,16 @@ struct BackwardConsumer {
     release(smem.dout_empty(stage));
     if (cleared) add_nonfinite_dout();
     // Before dQ is handed on where registers are scarce.
-    if constexpr (kConfig.staged_steps) finish_dk(ds_rounded);
+    if constexpr (kConfig.staged_steps) finish_dk(ds_rounded, stage);
     ptx::held(dq);
     if (!first) {
       release(smem.ds_empty(last));
       hand_on(dq);
     }
-    if constexpr (kDrained && !kConfig.staged_steps) finish_dk(ds_rounded);
+    if constexpr (kDrained && !kConfig.staged_steps) finish_dk(ds_rounded, stage);
     ++index;
     first = false;
+    adds_dk = !kDrained;
   }
   // Starts dP^T = V dO^T.
   __device__ __forceinline__ void start_weight_gradients(typename Tile::Pairs& dp, int stage) {
@@ -218,14 +217,25 @@ struct BackwardConsumer {
     ptx::barrier_arrive(kStepBarrier + (group ^ 1), kThreads);
   }
 
-  __device__ __forceinline__ void finish_dk(typename Tile::Rounded& ds_rounded) {
+  __device__ __forceinline__ bool still_adds_dk() const {
+    return kConfig.masked ? adds_dk : !first;
+  }
+  __device__ __forceinline__ void finish_dk(typename Tile::Rounded& ds_rounded, int stage) {
     ptx::wgmma_wait<0>();
     ptx::held(keys.dk);
     ptx::held(ds_rounded);
+    release(smem.q_empty(stage));
   }
-  // Whether there is a further step up to `end`; read anew where there is no register for it.
+  // Whether the next step, up to `end`, is one for the same code; what is read anew has no
+  // register.
+  template <Steps kSteps>
   __device__ __forceinline__ bool goes_on(uint32_t end) const {
-    return index < (kConfig.boxes() > 1 && !kConfig.masked ? tile().end : end);
+    if constexpr (kConfig.masked) {
+      // The step that ends knows: so nobody waits here for the queries of the next.
+      const int32_t next = smem.step(index - 1).next;
+      return next >= 0 && (marked || next != 0) == (kSteps == Steps::cut);
+    }
+    return index < (kConfig.boxes() > 1 ? tile().end : end);
   }
   // Whether every product of a step ends in it.
   __device__ __forceinline__ static constexpr bool is_drained(Steps steps) {
@@ -243,8 +253,11 @@ struct BackwardConsumer {
       } else {
         run_step<kSteps, 1>(ds_rounded);
       }
-    } while (goes_on(end) && (!kConfig.split_steps || is_cut() == (kSteps == Steps::cut)));
-    if constexpr (!is_drained(kSteps)) finish_dk(ds_rounded);
+    } while (goes_on<kSteps>(end));
+    if constexpr (!is_drained(kSteps)) {
+      finish_dk(ds_rounded, stage_of(index - 1));
+      adds_dk = false;
+    }
   }
 
   __device__ __forceinline__ void run() {
@@ -267,15 +280,13 @@ struct BackwardConsumer {
   // The steps up to `end`.
   __device__ __forceinline__ void run_tile(uint32_t end) {
     first = true;
-    if (kConfig.masked && call.args.mask.is_banded()) mark_nonfinite_keys();
+    if constexpr (kConfig.masked) mark_nonfinite_keys();
     if constexpr (kConfig.held_values) {
       wait(smem.v_full(), tiles % 2);
       keys.load_values(rows_of(smem.v()));
     }
     if constexpr (!kConfig.masked) {
       run_steps<Steps::plain>(end);
-    } else if constexpr (!kConfig.split_steps) {
-      run_steps<Steps::either>(end);
     } else {
 #pragma unroll 1
       while (index < end) {
@@ -287,7 +298,6 @@ struct BackwardConsumer {
       }
     }
     const uint32_t last = index - 1;
-    release(smem.q_empty(stage_of(last)));
     typename Tile::Dq dq;
     wait(smem.ds_full(stage_of(last)), phase_of(last));
     keys.start_dq(dq, smem.k(), smem.ds(stage_of(last)), group);

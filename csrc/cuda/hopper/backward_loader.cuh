@@ -72,6 +72,12 @@ __device__ __forceinline__ uint32_t tile_index(const BackwardCall& call, const K
   return head * call.plan.q_tiles + step.q_tile;
 }
 
+// Where the queries of a step lie.
+struct StepPlace {
+  int32_t b, h, row;
+  uint32_t index;  // of the query tile, among those of all heads
+};
+
 template <BackwardConfig kConfig>
 struct BackwardLoader {
   using Map = BackwardMap<kConfig>;
@@ -88,18 +94,25 @@ struct BackwardLoader {
                     tile.b * box.step_b);
     }
   }
-  // Rows of Q and their lse, or rows of dO and their delta.
+  // Whether the mask hides some pairs of the step.
+  __device__ __forceinline__ static int32_t is_cut(const KeyTile& tile, const QueryStep& step) {
+    const int32_t q_begin = step.q_tile * kConfig.tile_m;
+    return q_begin < tile.plain_begin || q_begin + kConfig.tile_m > tile.plain_end;
+  }
+  // Rows of Q and their lse, or rows of dO and their delta, as soon as there is room.
   __device__ __forceinline__ void load_rows(const TensorBox& box, const float* terms,
                                             uint32_t target, uint32_t target_terms, uint32_t full,
-                                            const KeyTile& tile, const QueryStep& step) const {
+                                            uint32_t empty, uint32_t phase,
+                                            const StepPlace& at) const {
+    wait(empty, phase);
     ptx::mbarrier_arrive_expect(full, kConfig.q_bytes() + kConfig.terms_bytes());
-    ptx::bulk_load(target_terms, terms + int64_t{tile_index(call, tile, step)} * kConfig.tile_m,
-                   kConfig.terms_bytes(), full);
 #pragma unroll
     for (int c = 0; c < kConfig.boxes(); ++c) {
       ptx::tma_load(target + c * kConfig.q_box_bytes(), box.map, full, c * BackwardConfig::kColumns,
-                    step.q_tile * kConfig.tile_m, step.h * box.step_h, tile.b * box.step_b);
+                    at.row, at.h * box.step_h, at.b * box.step_b);
     }
+    ptx::bulk_load(target_terms, terms + int64_t{at.index} * kConfig.tile_m, kConfig.terms_bytes(),
+                   full);
   }
 
   // Tells the DqWriters about step i; if there is none, that there is no further one.
@@ -184,14 +197,17 @@ struct BackwardLoader {
       for (int32_t n = tile.steps; n > 0; --n, ++i) {
         const int stage = i % Map::kStages;
         const uint32_t phase = i / Map::kStages % 2;
-        wait(smem.q_empty(stage), phase ^ 1);
-        smem.step(stage) = step;
+        static_cast<QueryStep&>(smem.step(i)) = step;
+        const StepPlace at = {tile.b, step.h, step.q_tile * kConfig.tile_m,
+                              tile_index(call, tile, step)};
+        if constexpr (kConfig.masked) smem.step(i).cut = is_cut(tile, step);
         load_rows(call.q, call.buffers.lse2, smem.q(stage), smem.lse2(stage), smem.q_full(stage),
-                  tile, step);
-        wait(smem.dout_empty(stage), phase ^ 1);
-        load_rows(call.dout, call.buffers.delta, smem.dout(stage), smem.delta(stage),
-                  smem.dout_full(stage), tile, step);
+                  smem.q_empty(stage), phase ^ 1, at);
         advance(step, call, tile);
+        if constexpr (kConfig.masked) smem.step(i).next = n > 1 ? is_cut(tile, step) : -1;
+        load_rows(call.dout, call.buffers.delta, smem.dout(stage), smem.delta(stage),
+                  smem.dout_full(stage), smem.dout_empty(stage), phase ^ 1,
+                  {tile.b, smem.step(i).h, smem.step(i).q_tile * kConfig.tile_m, at.index});
       }
       index = next_index(tiles);
     }

@@ -50,8 +50,10 @@ struct BackwardMap {
   __device__ __forceinline__ KeyTile& tile(uint32_t i) const {
     return reinterpret_cast<KeyTile*>(generic + kConfig.tile_offset())[i % BackwardConfig::kTiles];
   }
-  __device__ __forceinline__ QueryStep& step(int stage) const {
-    return reinterpret_cast<QueryStep*>(generic + kConfig.step_offset())[stage];
+  // The i-th of the block.
+  __device__ __forceinline__ LoadedStep& step(uint32_t i) const {
+    return reinterpret_cast<LoadedStep*>(generic +
+                                         kConfig.step_offset())[i % BackwardConfig::kSteps];
   }
   // Of the i-th step of the block.
   __device__ __forceinline__ DqTask& task(uint32_t i) const {
