@@ -4,25 +4,25 @@
 //
 // A block goes from key tile to key tile (128 keys of one key and value head) and steps through the
 // query tiles that see its keys, of every query head of the group. Its warpgroups:
-//   0      producer. One thread of warp 0 brings K and V, one of warp 1 chooses key tiles and
-//   brings
+//   0      producer. One thread of warp 0 brings K and V, one of warp 1 chooses key tiles, brings
 //          Q, dO and the terms of their rows (BackwardLoader). Warps 2 and 3 add the dQ of the two
 //          consumers to the sums in memory and write it when it is complete (DqWriter).
 //   1, 2   consumers, 64 keys each: S^T, dP^T, P^T and dS^T in registers, from where they go into
 //          dV and dK; dS through shared memory into dQ (BackwardConsumer).
 //
 // Shared memory: K, V; two stages each of Q, dO, dS; dQ of a step and sums of dQ, for each warp;
-// the terms of the rows of two query tiles; marks of keys; barriers; KeyTiles. Tiles are boxes of
-// 64 columns (128 bytes a row, swizzled).
+// the terms of the rows of two query tiles; marks of keys; barriers; KeyTiles, DqTasks and
+// LoadedSteps. Tiles are boxes of 64 columns (128 bytes a row, swizzled).
 //
 // Barriers (mbarrier; those of queries and dS one for each stage):
 //   tile_full   loader of queries                  -> loader of keys, DqWriters: the next KeyTile
-//   tile_empty  loader of keys, DqWriters          -> loader of queries: done with the one before
-//   it k_full      loader, and its bytes              -> consumers: K, and the KeyTile v_full
-//   loader, and its bytes              -> consumers kv_empty    every consumer warp, after the key
-//   tile's last dQ -> loader q_full      loader, and its bytes              -> consumers: Q and lse
+//   tile_empty  loader of keys, DqWriters          -> loader of queries: room for one
+//   k_full      loader, and its bytes              -> consumers: K, and the KeyTile
+//   v_full      loader, and its bytes              -> consumers
+//   kv_empty    every consumer warp, after the key tile's last dQ -> loader
+//   q_full      loader, and its bytes              -> consumers: Q, lse and the LoadedStep
 //   q_empty     every consumer warp, after its dK += dS^T Q   -> loader
-//   dout_full   loader, and its bytes              -> consumers: dO and delta
+//   dout_full   loader, and its bytes              -> consumers: dO, delta, which step is next
 //   dout_empty  every consumer warp, after its dV += P^T dO   -> loader
 //   ds_full     every consumer warp, its part of dS is there  -> consumers
 //   ds_empty    every consumer warp, after its dQ = dS K      -> consumers
