@@ -199,9 +199,9 @@ def backward_products(head_dim: int, queries: int, copies: int) -> int:
 
 
 HOPPER_BACKWARD_PRODUCTS = {
-    "64": backward_products(64, 128, 1) + backward_products(64, 128, 4),
-    "96": backward_products(96, 80, 2) + backward_products(96, 64, 2),
-    "128": backward_products(128, 80, 2) + backward_products(128, 64, 2),
+    "64": backward_products(64, 128, 2) + backward_products(64, 128, 4),
+    "96": backward_products(96, 80, 2) + backward_products(96, 64, 4),
+    "128": backward_products(128, 80, 2) + backward_products(128, 64, 4),
 }
 
 

@@ -50,14 +50,11 @@ struct BackwardConfig {
   int head_dim = 0;     // D and D_v are padded up to this inside the kernel
   int tile_m = 0;       // queries of a step
   bool masked = false;  // whether the call may have a mask besides the lengths
-  // The groups take turns to compute S and P, so that one has products while the other has
-  // exponentials.
-  bool turns = false;
   // V lies in registers, from where it is multiplied; costs head_dim / 4 of them.
   bool held_values = false;
-  // A copy of the step's code for each stage, so that addresses of stages take no registers; no
-  // product runs on into the next step.
-  bool staged_steps = false;
+  // dQ is computed before dV and dK, not between them: it is handed on beside them, for which more
+  // registers are needed.
+  bool dq_first = false;
 
   static constexpr int kGroups = 2;  // warpgroups that compute, of 64 keys each
   static constexpr int kTileN = 64 * kGroups;
@@ -176,22 +173,20 @@ template <int kHeadDim, bool kMasked>
 inline constexpr BackwardConfig kBackward = {};
 template <>
 inline constexpr BackwardConfig kBackward<64, false> = {
-    .head_dim = 64, .tile_m = 128, .turns = true};
+    .head_dim = 64, .tile_m = 128, .dq_first = true};
 template <>
 inline constexpr BackwardConfig kBackward<64, true> = {
-    .head_dim = 64, .tile_m = 128, .masked = true, .turns = true, .staged_steps = true};
+    .head_dim = 64, .tile_m = 128, .masked = true};
 template <>
-inline constexpr BackwardConfig kBackward<96, false> = {
-    .head_dim = 96, .tile_m = 80, .turns = true, .staged_steps = true};
+inline constexpr BackwardConfig kBackward<96, false> = {.head_dim = 96, .tile_m = 80};
 template <>
 inline constexpr BackwardConfig kBackward<96, true> = {
-    .head_dim = 96, .tile_m = 64, .masked = true, .turns = true, .held_values = true};
+    .head_dim = 96, .tile_m = 64, .masked = true, .held_values = true, .dq_first = true};
 template <>
-inline constexpr BackwardConfig kBackward<128, false> = {
-    .head_dim = 128, .tile_m = 80, .turns = true, .staged_steps = true};
+inline constexpr BackwardConfig kBackward<128, false> = {.head_dim = 128, .tile_m = 80};
 template <>
 inline constexpr BackwardConfig kBackward<128, true> = {
-    .head_dim = 128, .tile_m = 64, .masked = true, .turns = true};
+    .head_dim = 128, .tile_m = 64, .masked = true, .dq_first = true};
 inline constexpr int64_t kBackwardHeadDimMax = 128;
 
 }  // namespace online_attention::cuda::hopper

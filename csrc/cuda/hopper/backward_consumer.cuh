@@ -23,11 +23,10 @@ struct BackwardConsumer {
   const Map& smem;
   int group;  // 0 or 1
   Tile keys;
-  uint32_t index = 0;    // of the step, over all key tiles
-  uint32_t tiles = 0;    // key tiles that are done
-  bool first;            // whether it is the first step of its key tile
-  bool adds_dk = false;  // whether dK += dS^T Q of the last step is still to end
-  bool marked = false;   // whether some key of the block held Inf or NaN
+  uint32_t index = 0;   // of the step, over all key tiles
+  uint32_t tiles = 0;   // key tiles that are done
+  bool first;           // whether it is the first step of its key tile
+  bool marked = false;  // whether some key of the block held Inf or NaN
 
   __device__ __forceinline__ static bool speaks() { return threadIdx.x % 32u == 0; }
   __device__ __forceinline__ static int thread() {  // of both consumers'
@@ -131,76 +130,70 @@ struct BackwardConsumer {
 
   // A query tile. dQ is one step behind: by then the dS of the other group has long been there. In
   // the order in which the products are started each runs under the arithmetic that follows it:
-  //     dP^T under the exponentials, dV, dQ and dK under the additions to dQ.
-  // The first step computes a dQ of what lies there and drops it: ptxas lets no product run on from
-  // one copy of the step into another.
+  //     dP^T under the exponentials, dV, dQ and dK while dQ is handed on.
+  // The first step computes a dQ of what lies there and drops it.
   //
-  // kStage: the step's, where the copy is for one stage, else -1.
+  // There is a copy of the code for each stage, so that addresses of stages take no registers. No
+  // product runs on from one copy into another: ptxas would serialize them.
   template <Steps kSteps, int kStage>
-  __device__ __forceinline__ void run_step(typename Tile::Rounded& ds_rounded) {
-    constexpr bool kCut = kSteps == Steps::cut, kDrained = is_drained(kSteps);
-    const int stage = kStage >= 0 ? kStage : stage_of(index), last = stage ^ 1;
+  __device__ __forceinline__ void run_step() {
+    constexpr bool kCut = kSteps == Steps::cut;
+    constexpr int kLast = kStage ^ 1;
     const uint32_t phase = phase_of(index);
     typename Tile::Pairs p, ds;  // S^T, then P^T; dP^T, then dS^T
-    typename Tile::Rounded p_rounded;
-    wait(smem.q_full(stage), phase);
-    if constexpr (kConfig.turns) ptx::barrier_sync(kStepBarrier + group, kThreads);
-    keys.start_pairs(p, rows_of(smem.k()), smem.q(stage));
-    if constexpr (!kDrained) {
-      ptx::wgmma_wait<1>();
-      ptx::held(keys.dk);
-      ptx::held(ds_rounded);
-    }
-    if (!kDrained && still_adds_dk()) release(smem.q_empty(last));
-    start_weight_gradients(ds, stage);
+    typename Tile::Rounded p_rounded, ds_rounded;
+    wait(smem.q_full(kStage), phase);
+    // In turns, so that one group has products while the other has exponentials.
+    ptx::barrier_sync(kStepBarrier + group, kThreads);
+    keys.start_pairs(p, rows_of(smem.k()), smem.q(kStage));
+    start_weight_gradients(ds, kStage);
     ptx::wgmma_wait<1>();
     ptx::held(p);
     if (kCut && marked) keys.add_key_marks(p, smem.mark(64 * group));
-    keys.weigh(p, call.factor_log2, smem.lse2(stage));
+    keys.weigh(p, call.factor_log2, smem.lse2(kStage));
     if constexpr (kCut) {
       keys.hide(p, call.args.mask, static_cast<int32_t>(call.args.shape.S_q),
                 step().q_tile * kConfig.tile_m, tile().kv_begin + 64 * group);
     }
-    if constexpr (kConfig.turns) {
-      // Here, not where dS is written: a loop between the exponentials and the wait for dP keeps
-      // ptxas from moving all of them behind it.
-      wait(smem.ds_empty(stage), phase ^ 1);
-      pass_turn();
-    }
+    // Here, not where dS is written: a loop between the exponentials and the wait for dP keeps
+    // ptxas from moving all of them behind it.
+    wait(smem.ds_empty(kStage), phase ^ 1);
+    pass_turn();
     ptx::wgmma_wait<0>();
     ptx::held(ds);
     bool cleared = false;
-    if constexpr (kCut) cleared = clear_nonfinite_queries(stage);
-    keys.subtract_delta(ds, p, smem.delta(stage));
+    if constexpr (kCut) cleared = clear_nonfinite_queries(kStage);
+    keys.subtract_delta(ds, p, smem.delta(kStage));
     if constexpr (kCut) keys.drop_without_weight(ds, p);
     keys.round(p_rounded, p);
     keys.round(ds_rounded, ds);
-    if constexpr (!kConfig.turns) wait(smem.ds_empty(stage), phase ^ 1);
-    keys.store_ds(ds_rounded, smem.ds(stage) + group * kConfig.q_box_bytes());
+    keys.store_ds(ds_rounded, smem.ds(kStage) + group * kConfig.q_box_bytes());
     ptx::fence_async_proxy();
     __syncwarp();
-    release(smem.ds_full(stage));
-    keys.start_gradient(keys.dv, p_rounded, smem.dout(stage));
+    release(smem.ds_full(kStage));
     typename Tile::Dq dq;
-    if (!first) wait(smem.ds_full(last), phase_of(index - 1));
-    keys.start_dq(dq, smem.k(), smem.ds(last), group);
-    keys.start_gradient(keys.dk, ds_rounded, smem.q(stage));
-    ptx::wgmma_wait<1>();
-    ptx::held(keys.dv);
-    ptx::held(p_rounded);
-    release(smem.dout_empty(stage));
-    if (cleared) add_nonfinite_dout();
-    // Before dQ is handed on where registers are scarce.
-    if constexpr (kConfig.staged_steps) finish_dk(ds_rounded, stage);
-    ptx::held(dq);
-    if (!first) {
-      release(smem.ds_empty(last));
-      hand_on(dq);
+    if constexpr (kConfig.dq_first) {
+      start_last_dq(dq, kLast);
+      keys.start_gradient(keys.dv, p_rounded, smem.dout(kStage));
+      keys.start_gradient(keys.dk, ds_rounded, smem.q(kStage));
+      ptx::wgmma_wait<2>();
+      finish_last_dq(dq, kLast);
+      ptx::wgmma_wait<1>();
+      finish_dv(p_rounded, kStage, cleared);
+    } else {
+      keys.start_gradient(keys.dv, p_rounded, smem.dout(kStage));
+      start_last_dq(dq, kLast);
+      keys.start_gradient(keys.dk, ds_rounded, smem.q(kStage));
+      ptx::wgmma_wait<1>();
+      finish_dv(p_rounded, kStage, cleared);
+      finish_last_dq(dq, kLast);
     }
-    if constexpr (kDrained && !kConfig.staged_steps) finish_dk(ds_rounded, stage);
+    ptx::wgmma_wait<0>();
+    ptx::held(keys.dk);
+    ptx::held(ds_rounded);
+    release(smem.q_empty(kStage));
     ++index;
     first = false;
-    adds_dk = !kDrained;
   }
   // Starts dP^T = V dO^T.
   __device__ __forceinline__ void start_weight_gradients(typename Tile::Pairs& dp, int stage) {
@@ -217,14 +210,25 @@ struct BackwardConsumer {
     ptx::barrier_arrive(kStepBarrier + (group ^ 1), kThreads);
   }
 
-  __device__ __forceinline__ bool still_adds_dk() const {
-    return kConfig.masked ? adds_dk : !first;
+  // Starts dQ of the step before, which had the stage `last`.
+  __device__ __forceinline__ void start_last_dq(typename Tile::Dq& dq, int last) const {
+    if (!first) wait(smem.ds_full(last), phase_of(index - 1));
+    keys.start_dq(dq, smem.k(), smem.ds(last), group);
   }
-  __device__ __forceinline__ void finish_dk(typename Tile::Rounded& ds_rounded, int stage) {
-    ptx::wgmma_wait<0>();
-    ptx::held(keys.dk);
-    ptx::held(ds_rounded);
-    release(smem.q_empty(stage));
+  // What is left to do once it is there.
+  __device__ __forceinline__ void finish_last_dq(typename Tile::Dq& dq, int last) const {
+    ptx::held(dq);
+    if (first) return;
+    release(smem.ds_empty(last));
+    hand_on(dq);
+  }
+  // The same of dV += P^T dO; `cleared`: without the elements of dO that were Inf or NaN.
+  __device__ __forceinline__ void finish_dv(typename Tile::Rounded& p_rounded, int stage,
+                                            bool cleared) {
+    ptx::held(keys.dv);
+    ptx::held(p_rounded);
+    release(smem.dout_empty(stage));
+    if (cleared) add_nonfinite_dout();
   }
   // Whether the next step, up to `end`, is one for the same code; what is read anew has no
   // register.
@@ -237,31 +241,20 @@ struct BackwardConsumer {
     }
     return index < (kConfig.boxes() > 1 ? tile().end : end);
   }
-  // Whether every product of a step ends in it.
-  __device__ __forceinline__ static constexpr bool is_drained(Steps steps) {
-    return steps == Steps::cut || kConfig.staged_steps;
-  }
   template <Steps kSteps>
   __device__ __forceinline__ void run_steps(uint32_t end) {
-    typename Tile::Rounded ds_rounded;  // the A operand of the last dK += dS^T Q
 #pragma unroll 1
     do {
-      if constexpr (!kConfig.staged_steps) {
-        run_step<kSteps, -1>(ds_rounded);
-      } else if (stage_of(index) == 0) {
-        run_step<kSteps, 0>(ds_rounded);
+      if (stage_of(index) == 0) {
+        run_step<kSteps, 0>();
       } else {
-        run_step<kSteps, 1>(ds_rounded);
+        run_step<kSteps, 1>();
       }
     } while (goes_on<kSteps>(end));
-    if constexpr (!is_drained(kSteps)) {
-      finish_dk(ds_rounded, stage_of(index - 1));
-      adds_dk = false;
-    }
   }
 
   __device__ __forceinline__ void run() {
-    if (kConfig.turns && group == 1) pass_turn();
+    if (group == 1) pass_turn();
 #pragma unroll 1
     for (;; ++tiles) {
       wait(smem.k_full(), tiles % 2);
@@ -297,14 +290,11 @@ struct BackwardConsumer {
         }
       }
     }
-    const uint32_t last = index - 1;
+    const int last = stage_of(index - 1);
     typename Tile::Dq dq;
-    wait(smem.ds_full(stage_of(last)), phase_of(last));
-    keys.start_dq(dq, smem.k(), smem.ds(stage_of(last)), group);
+    start_last_dq(dq, last);
     ptx::wgmma_wait<0>();
-    ptx::held(dq);
-    release(smem.ds_empty(stage_of(last)));
-    hand_on(dq);
+    finish_last_dq(dq, last);
   }
 
   // dK and dV leave through the places of dS and dQ, while the next keys and values come.
